@@ -1,0 +1,400 @@
+"""Denoising diffusion probabilistic models (Ho et al. 2020, arXiv 2006.11239) on MNIST, all of it in this file.
+
+Mix an image with Gaussian noise, a little more at each of T = 1000 times, until nothing is left of it. Train a network
+to tell, from the mixture and the time, the noise in it. Then start from noise alone and take it away step by step.
+
+    python ddpm_unet_mnist.py --sample-only                      # draw digits from the shipped checkpoint
+    python ddpm_unet_mnist.py --data-dir data                    # fetch MNIST, train, draw
+    torchrun --standalone --nproc_per_node=8 ddpm_unet_mnist.py  # the same on eight GPUs
+"""
+
+import argparse
+import contextlib
+import copy
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+NAME, T, CHANNELS, SIZE = Path(__file__).stem, 1000, 1, 28
+
+# ---- The network: a UNet (Ho et al. 2020, appendix B), slimmed to one block per level and side
+def norm(channels):  # 16 channels fill a vector register: smaller groups take a CPU six times as long in channels_last
+    return nn.GroupNorm(channels // 16, channels)
+
+
+def zero(layer):  # as a block's last layer: the block starts as the identity, and a deep stack of them learns at once
+    nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+    return layer
+
+
+def timestep_embedding(t, dim):
+    """int64 (B,) -> (B, dim): sines and cosines at dim / 2 frequencies from 1 to 1/10000 (Vaswani et al. 2017, 3.5)."""
+    angles = t[:, None] * torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, head_dim=32):
+        super().__init__()
+        self.norm, self.heads = norm(dim), dim // head_dim
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), zero(nn.Linear(dim, dim))
+
+    def forward(self, x):  # (B, C, H, W)
+        tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")
+        q, k, v = rearrange(self.qkv(tokens), "b n (qkv heads d) -> qkv b heads n d", qkv=3, heads=self.heads)
+        tokens = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n d -> b n (heads d)")
+        return x + rearrange(self.out(tokens), "b (h w) c -> b c h w", h=x.shape[2])
+
+
+class Block(nn.Module):
+    """Norm, SiLU, convolution, twice, with the time added in between and a shortcut around; then perhaps attention."""
+
+    def __init__(self, dim_in, dim, dim_time, attention=False):
+        super().__init__()
+        self.norm1, self.conv1 = norm(dim_in), nn.Conv2d(dim_in, dim, 3, padding=1)
+        self.time = nn.Linear(dim_time, dim)
+        self.norm2, self.conv2 = norm(dim), zero(nn.Conv2d(dim, dim, 3, padding=1))
+        self.shortcut = nn.Conv2d(dim_in, dim, 1) if dim_in != dim else nn.Identity()
+        self.attention = Attention(dim) if attention else nn.Identity()
+
+    def forward(self, x, time):  # (B, dim_in, H, W), (B, dim_time) -> (B, dim, H, W)
+        h = self.conv1(F.silu(self.norm1(x))) + self.time(time)[:, :, None, None]
+        return self.attention(self.shortcut(x) + self.conv2(F.silu(self.norm2(h))))
+
+
+class UNet(nn.Module):
+    """x float (B, channels, H, W) in [-1, 1], t int64 (B,) in 0 .. T - 1 -> the noise in x_t, like x. y is ignored, there
+    for all networks to be called alike. H and W divide by 2 ** (len(mults) - 1). dim: channels at full resolution,
+    a multiple of 16; mults: at each level, in dims. Attention is at the last level, by default of 7 x 7 pixels.
+    """
+
+    def __init__(self, channels=CHANNELS, dim=64, mults=(1, 2, 2)):
+        super().__init__()
+        self.dim, dim_time = dim, 4 * dim
+        dims, last = [dim * m for m in mults], len(mults) - 1
+        self.time = nn.Sequential(nn.Linear(dim, dim_time), nn.SiLU(), nn.Linear(dim_time, dim_time), nn.SiLU())
+        self.stem = nn.Conv2d(channels, dim, 3, padding=1)
+        self.down = nn.ModuleList(Block(d, d, dim_time, attention=i == last) for i, d in enumerate(dims))
+        self.shrink = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(dims, dims[1:]))
+        self.middle = nn.ModuleList(Block(dims[-1], dims[-1], dim_time, attention=a) for a in (True, False))
+        self.up = nn.ModuleList(Block(2 * d, d, dim_time, attention=i == last) for i, d in enumerate(dims))
+        self.grow = nn.ModuleList(nn.Conv2d(b, a, 3, padding=1) for a, b in zip(dims, dims[1:]))
+        self.head = nn.Sequential(norm(dim), nn.SiLU(), zero(nn.Conv2d(dim, channels, 3, padding=1)))
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x, t, y=None):
+        time = self.time(timestep_embedding(t, self.dim))  # (B, 4 dim)
+        h, skips = self.stem(x.contiguous(memory_format=torch.channels_last)), []
+        for i, block in enumerate(self.down):  # (B, 64, 28, 28), (B, 128, 14, 14), (B, 128, 7, 7)
+            h = block(self.shrink[i - 1](h) if i else h, time)
+            skips.append(h)
+        for block in self.middle:
+            h = block(h, time)
+        for i, block in reversed(list(enumerate(self.up))):  # and back up
+            h = block(torch.cat([h, skips[i]], dim=1), time)
+            h = self.grow[i - 1](F.interpolate(h, scale_factor=2.0)) if i else h
+        return self.head(h).float()
+
+
+# ---- The samplers. They know of no network: denoise(x_t, t) gives the clean image to expect, x0_hat
+def denoiser(model, alphas_cumprod):
+    """denoise(x_t, t) -> x0_hat in [-1, 1], for a model(x_t, t) that predicts the noise (Ho et al. 2020, eq. 15)."""
+    def denoise(x_t, t):  # float (B, C, H, W), int64 (B,)
+        alpha_bar = alphas_cumprod[t][:, None, None, None]
+        return ((x_t - (1 - alpha_bar).sqrt() * model(x_t, t)) / alpha_bar.sqrt()).clamp(-1, 1)
+
+    return denoise
+
+
+def timestep_pairs(T, steps):
+    """[(t, t_next), ..]: equal strides from T - 1 to -1, the clean image (Lin et al. 2023, 2305.08891, table 2)."""
+    ts = [round(T * i / steps) - 1 for i in range(steps, -1, -1)]
+    return list(zip(ts, ts[1:]))
+
+
+def ddpm_sample(denoise, x, alphas_cumprod, steps=1000, variance="small", randn=torch.randn_like):
+    """Ancestral sampling (Ho et al. 2020, algorithm 2): draw each x_{t_next} from q(x_{t_next} | x_t, x0_hat).
+
+    denoise: (float (B, C, H, W), int64 (B,)) -> float (B, C, H, W); x: noise (B, C, H, W); alphas_cumprod: float (T,);
+    steps: how many, at most T, or a list of (t, t_next); variance: "small" (beta-tilde) is the posterior's, "large"
+    (beta) best where the data are white noise (section 3.2); randn: x -> noise like x. Returns (B, C, H, W).
+    """
+    alpha_bar = alphas_cumprod.tolist() + [1.0]  # so that alpha_bar[-1] is the clean image's
+    for t, t_next in steps if isinstance(steps, list) else timestep_pairs(len(alphas_cumprod), steps):
+        a, a_next = alpha_bar[t], alpha_bar[t_next]
+        x0 = denoise(x, torch.full((len(x),), t, device=x.device))
+        beta, left = 1 - a / a_next, (1 - a_next) / (1 - a)
+        x = math.sqrt(a_next) * beta / (1 - a) * x0 + math.sqrt(1 - beta) * left * x  # eq. 7
+        if t_next >= 0:
+            x = x + math.sqrt(beta if variance == "large" else left * beta) * randn(x)
+    return x
+
+
+def ddim_sample(denoise, x, alphas_cumprod, steps=50, eta=0.0, randn=torch.randn_like):
+    """Denoising diffusion implicit models (Song et al. 2020, 2010.02502, eq. 12): move towards x0_hat, up to t_next.
+    The rest is as in ddpm_sample. With eta = 0 no noise is drawn and an ODE is solved; eta = 1 is ddpm_sample.
+    """
+    alpha_bar = alphas_cumprod.tolist() + [1.0]
+    for t, t_next in steps if isinstance(steps, list) else timestep_pairs(len(alphas_cumprod), steps):
+        a, a_next = alpha_bar[t], alpha_bar[t_next]
+        x0 = denoise(x, torch.full((len(x),), t, device=x.device))
+        eps = (x - math.sqrt(a) * x0) / math.sqrt(1 - a)
+        sigma = eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))  # eq. 16
+        x = math.sqrt(a_next) * x0 + math.sqrt(1 - a_next - sigma**2) * eps
+        if sigma > 0:
+            x = x + sigma * randn(x)
+    return x
+
+
+def train(cfg, state):
+    """Ho et al. 2020, algorithm 1. Returns the network of averaged weights, or None if a signal ends the run early.
+    Step n is a function of (cfg.seed, n) and the weights it finds, whatever the number of processes and of restarts.
+    """
+    from common import alpha_bar, batch, linear_betas, load_data, q_sample
+    torch.manual_seed(cfg.seed)  # the same first weights in every process
+    model = UNet(dim=cfg.dim).to(cfg.device)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    averages, weights = list(ema.parameters()), [w.detach() for w in model.parameters()]
+    optimizer = torch.optim.Adam(model.parameters(), fused=cfg.device.type != "mps")
+    parts, first = dict(model=model, ema=ema, optimizer=optimizer), state["step"] if state else 0
+    path, log = Path(cfg.run_dir, "ckpt.pt"), Path(cfg.run_dir, "log.csv")
+    with blame(f"--resume: {path} does not fit"):
+        for name, part in parts.items() if state else ():
+            part.load_state_dict(state[name])
+    with blame(f"--data-dir {cfg.data_dir}"):
+        train_set, test_set, _ = load_data("MNIST", cfg.data_dir, SIZE, cfg.device)
+
+    def save(step):
+        config = dict(script=NAME) | {name: getattr(cfg, name) for name in SAVED}
+        with blame(f"{path} is not written, and what was there still is"):
+            torch.save({k: p.state_dict() for k, p in parts.items()} | dict(step=step, config=config), f"{path}.tmp")
+            os.replace(f"{path}.tmp", path)  # so that no kill leaves a torn file
+
+    seconds, say = 0.0, print if cfg.rank == 0 else lambda *_, **__: None
+    say(f"{cfg.device.type} x {cfg.world}, {cfg.dtype}, {sum(w.numel() for w in weights) / 1e6:.2f} M parameters")
+    say(f"{cfg.data_dir}: {len(train_set[0])} images; {cfg.run_dir}: from step {first} to {cfg.max_steps}", flush=True)
+    if cfg.rank == 0:
+        with blame(f"--run-dir {cfg.run_dir}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = log.read_text().splitlines()[1:] if log.exists() else []
+            rows = [r for r in rows if r.count(",") == 7 and int(r.split(",")[0]) <= first]  # the others come again
+            log.write_text("\n".join(["step,images,loss,val_loss,lr,grad_norm,images_per_s,seconds", *rows, ""]))
+            seconds = float(rows[-1].split(",")[7]) if rows else 0.0
+        if not state:
+            save(0)
+    alphas_cumprod = alpha_bar(linear_betas(T)).to(cfg.device)
+    net = torch.compile(model) if cfg.compile else model
+    net = nn.parallel.DistributedDataParallel(net) if cfg.world > 1 else net
+    def loss_of(net, data, *which, **share):  # L_simple, eq. 14
+        x0, _, t, noise, _ = batch(*data, T, *which, **share)
+        with cfg.autocast:
+            return F.mse_loss(net(q_sample(x0, t, noise, alphas_cumprod), t), noise)
+
+    total = (lambda x: dist.all_reduce(x) or x) if cfg.world > 1 else lambda x: x  # over all processes
+    stop, recent, tick, ticked = [], [], time.perf_counter(), first
+    for number in (signal.SIGINT, signal.SIGTERM):  # the first one asks, a second one kills
+        signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
+    for step in range(first + 1, cfg.max_steps + 1):
+        lr = optimizer.param_groups[0]["lr"] = cfg.lr * min(1, step / max(cfg.warmup, 1))
+        loss = loss_of(net, train_set, cfg.batch_size, cfg.seed, step, rank=cfg.rank, world=cfg.world)
+        loss.backward()
+        recent.append(torch.stack([loss.detach(), nn.utils.clip_grad_norm_(model.parameters(), 1.0)]))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        half_life = min(cfg.ema, 0.05 * step * cfg.batch_size)  # grows with the run, and so forgets the first weights
+        torch._foreach_lerp_(averages, weights, 1 - 0.5 ** (cfg.batch_size / half_life))
+        ask = cfg.world > 1 and step % 10 == 0  # all processes must leave at the same step
+        leaving = total(torch.tensor(len(stop), device=cfg.device)).item() > 0 if ask else bool(stop) and cfg.world == 1
+        saving = leaving or step == cfg.max_steps or step % cfg.save_every == 0
+        reporting = step % cfg.log_every == 0 or step == first + 10
+        if saving or reporting:  # the one place where the host waits for the device
+            values = total(torch.stack(recent)) / cfg.world
+            loss, grad_norm = values.mean(dim=0).tolist()
+            if not math.isfinite(loss + grad_norm):
+                bad = step - len(recent) + 1 + values.sum(dim=1).isfinite().tolist().index(False)
+                die(f"loss or gradient not finite at step {bad}; {path} is older: try --resume with a lower --lr")
+        if reporting:
+            val_loss = f"{loss_of(ema, test_set, 256, 0, 0).item():.5f}" if test_set else ""
+            elapsed, images = time.perf_counter() - tick, cfg.batch_size * (step - ticked)
+            pace, seconds, tick, ticked, recent = images / elapsed, seconds + elapsed, tick + elapsed, step, []
+            left = f"{pace:.0f} images/s  {(cfg.max_steps - step) * cfg.batch_size / pace / 60:.1f} min left"
+            say(f"step {step}  loss {loss:.4f}  validation {val_loss}  {left}", flush=True)
+            row = f"{step},{step * cfg.batch_size},{loss:.5f},{val_loss},{lr:g},{grad_norm:.3f},{pace:.0f},{seconds:.1f}"
+            with blame(f"--run-dir {cfg.run_dir}"), open(log if cfg.rank == 0 else os.devnull, "a") as file:
+                print(row, file=file)
+        if saving and cfg.rank == 0:
+            save(step)  # after the row: one too many is cut off by --resume, one too few would stay missing
+        if leaving:
+            say(f"stopped after step {step}; --resume continues", flush=True)
+            return None
+        if cfg.sample_every and step % cfg.sample_every == 0:
+            write(ema, cfg, f"{cfg.run_dir}/samples-{step:07d}.png")
+    return ema
+
+
+@torch.no_grad()
+def draw(model, cfg, index, looks=1):
+    """float (looks, len(index), C, H, W): looks at equal distances on the way from noise, the last one at the images.
+    Image k is a function of (cfg.seed, index[k]) alone, whatever else is drawn with it.
+    """
+    from common import alpha_bar, linear_betas, noises
+    noise = noises(cfg.seed, index, (CHANNELS, SIZE, SIZE), cfg.device)
+    alphas_cumprod = alpha_bar(linear_betas(T)).to(cfg.device)
+    denoise, x, frames = cfg.autocast(denoiser(model, alphas_cumprod)), next(noise), []
+    sampler, more = (ddim_sample, dict(eta=cfg.eta)) if cfg.sampler == "ddim" else (ddpm_sample, {})
+    pairs = timestep_pairs(T, cfg.steps)
+    for i in range(looks):
+        part = pairs[len(pairs) * i // looks : len(pairs) * (i + 1) // looks]
+        frames.append(x := sampler(denoise, x, alphas_cumprod, part, randn=lambda _: next(noise), **more))
+    return torch.stack(frames)
+
+
+def save_picture(frames, path):
+    """float (looks, N, C, H, W) -> a grid of N images, as square as N allows, that moves if there are several looks."""
+    from PIL import Image
+    frames = frames.mul(127.5).add(128).clamp(0, 255).byte().cpu()
+    frames = F.pad(frames, (1, 1, 1, 1)) if frames.shape[1] > 1 else frames
+    columns = math.ceil(math.sqrt(frames.shape[1]))
+    frames = F.pad(frames, (0, 0) * 3 + (0, -frames.shape[1] % columns))
+    pixels = rearrange(frames, "looks (rows columns) c h w -> looks (rows h) (columns w) c", columns=columns)
+    first, *rest = [Image.fromarray(p.numpy()) for p in pixels.expand(-1, -1, -1, 3).contiguous()]
+    more = dict(save_all=True, append_images=rest, duration=[60] * len(rest) + [2000], loop=0) if rest else {}
+    with blame(f"--out {path}"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        first.save(f"{path}.tmp", Path(path).suffix[1:], **more)
+        os.replace(f"{path}.tmp", path)
+
+
+def write(model, cfg, out):
+    """Draw cfg.n images, each process its share: out x.png is a grid, x.gif the way to it, x/ one file per image."""
+    folder, looks = out.endswith("/"), min(50, cfg.steps) if out.endswith(".gif") else 1
+    mine = range(cfg.rank * cfg.n // cfg.world, (cfg.rank + 1) * cfg.n // cfg.world)
+    mine = [i for i in mine if not folder or not Path(out, f"{i:06d}.png").exists()]  # what is drawn already is kept
+    drawn, size, start = [], max(1, cfg.batch_size // cfg.world), time.perf_counter()
+    for at in range(0, len(mine), size):
+        index = mine[at : at + size]
+        drawn.append(draw(model, cfg, index, looks).cpu())
+        for i, image in zip(index, drawn.pop().unbind(1)) if folder else ():
+            save_picture(image[:, None], f"{out}{i:06d}.png")
+        if cfg.rank == 0:
+            left = (time.perf_counter() - start) / (at + len(index)) * (len(mine) - at - len(index))
+            print(f"{at + len(index)} of {len(mine)} images, {left:.0f} s left", flush=True)
+    if cfg.world > 1:
+        dist.all_gather_object(shares := [None] * cfg.world, drawn)
+        drawn = sum(shares, [])
+    if cfg.rank == 0:
+        save_picture(torch.cat(drawn, dim=1), out) if drawn else None
+        print(out, flush=True)
+
+
+# ---- The command line. What is SAVED in a checkpoint is what --resume takes from there, where no flag says otherwise
+SAVED = "data_dir batch_size max_steps lr warmup ema save_every sample_every log_every dim seed dtype".split()
+
+
+def die(message):  # for what the user can put right: one line, exit code 2, no traceback
+    print(f"{NAME}.py: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def blame(what):
+    try:
+        yield
+    except Exception as error:
+        die(f"{what}: {error if isinstance(error, (OSError, ValueError)) else type(error).__name__}")
+
+
+def load_checkpoint(path):
+    with blame(f"{path} is not a checkpoint of {NAME}; --ckpt names another"):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["config"]["script"] != NAME:
+            raise ValueError(f"but of {state['config']['script']}")
+        return state
+
+
+def parse(**defaults):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.error = lambda message: die(f"{message} (see --help)")
+    flag = p.add_argument
+    flag("--sample-only", action="store_true", help="draw and exit; without it, train and then draw")
+    flag("--ckpt", metavar="PATH", help=f"weights to draw from (the run's, else checkpoints/{NAME}.pt)")
+    flag("--sampler", choices=["ddpm", "ddim"], default="ddim", help="(%(default)s)")
+    flag("--steps", type=int, metavar="N", help=f"evaluations of the network, at most {T} (ddpm {T}, ddim 50)")
+    flag("--eta", type=float, default=0.0, metavar="X", help="noise in ddim, from 0 to 1, which is ddpm (%(default)s)")
+    flag("-n", "--n", type=int, default=64, metavar="N", help="images (%(default)s)")
+    flag("--seed", type=int, default=0, metavar="N", help="image i depends on it and on i alone (%(default)s)")
+    flag("--out", metavar="PATH", help="x.png a grid, x.gif the way to it, x/ a PNG per image (samples.png)")
+    flag("--data-dir", default="data", metavar="PATH", help="MNIST, or train/<class>/*.png (%(default)s)")
+    flag("--run-dir", default=f"runs/{NAME}", metavar="PATH", help="ckpt.pt, log.csv, samples (%(default)s)")
+    flag("--resume", action="store_true", help="continue the run in --run-dir, with its flags where none are given")
+    flag("--batch-size", type=int, default=64, metavar="N", help="images, over all processes (%(default)s)")
+    flag("--max-steps", type=int, default=20000, metavar="N", help="(%(default)s)")
+    flag("--lr", type=float, default=1e-3, metavar="X", help="Adam's learning rate (%(default)s)")
+    flag("--warmup", type=int, default=200, metavar="N", help="steps from 0 to --lr (%(default)s)")
+    flag("--ema", type=int, default=50000, metavar="N", help="half-life of the averages, in images (%(default)s)")
+    flag("--save-every", type=int, default=500, metavar="N", help="steps (%(default)s)")
+    flag("--sample-every", type=int, default=2000, metavar="N", help="steps, 0 is never (%(default)s)")
+    flag("--log-every", type=int, default=100, metavar="N", help="steps (%(default)s)")
+    flag("--dim", type=int, default=64, metavar="N", help="channels at 28 x 28, a multiple of 16 (%(default)s)")
+    flag("--device", metavar="NAME", help="(cuda, else mps, else cpu)")
+    flag("--dtype", choices=["float32", "bfloat16"], help="of the network (bfloat16 where the hardware has it)")
+    flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (for training on cuda)")
+    p.set_defaults(**defaults)
+    cfg = p.parse_args()
+    cfg.rank, cfg.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cfg.steps = dict(ddpm=T, ddim=50)[cfg.sampler] if cfg.steps is None else cfg.steps
+    for name in "n steps batch_size save_every log_every ema dim lr".split():
+        if not getattr(cfg, name) > 0:
+            die(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be above 0")
+    for wrong, message in [
+        (cfg.steps > T, f"--steps {cfg.steps}: there are {T}"),
+        (not 0 <= cfg.eta <= 1, f"--eta {cfg.eta}: must be from 0 to 1"),
+        (cfg.dim % 16, f"--dim {cfg.dim}: must be a multiple of 16"),
+        (not (cfg.out or "/").endswith((".png", ".gif", "/")), f"--out {cfg.out}: must end in .png, .gif or /"),
+        (cfg.batch_size % cfg.world, f"--batch-size {cfg.batch_size}: must divide by the {cfg.world} processes"),
+    ]:
+        die(message) if wrong else None
+    return cfg
+
+
+def main():
+    cfg, state = parse(), None
+    ckpt, shipped = Path(cfg.run_dir, "ckpt.pt"), Path(__file__).with_name("checkpoints") / f"{NAME}.pt"
+    if cfg.sample_only:
+        state = load_checkpoint(cfg.ckpt or (ckpt if ckpt.exists() else shipped))
+    elif ckpt.exists():
+        if not cfg.resume:
+            die(f"--run-dir {cfg.run_dir} holds a run: continue it with --resume, or name another folder")
+        state = load_checkpoint(ckpt)
+        cfg = parse(**state["config"])
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    with blame(f"--device {cfg.device}"):
+        if cuda := (cfg.device or found).startswith("cuda"):
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", (cfg.device or found).partition(":")[2] or 0)))
+        cfg.device = torch.empty(1, device="cuda" if cuda else cfg.device or found).device
+    cpu = Path("/proc/cpuinfo")  # names avx512_bf16, amx_bf16 or, on Arm, bf16
+    bf16 = torch.cuda.get_device_capability() >= (8, 0) if cuda else cpu.exists() and "bf16" in cpu.read_text()
+    cfg.dtype = cfg.dtype or ("bfloat16" if bf16 and cfg.device.type != "mps" else "float32")
+    cfg.autocast = torch.autocast(cfg.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+    cfg.compile = cuda and not cfg.sample_only if cfg.compile is None else cfg.compile
+    dist.init_process_group("nccl" if cuda else "gloo") if cfg.world > 1 else None
+    if cfg.sample_only:
+        model = UNet(dim=state["config"]["dim"]).to(cfg.device)
+        model.load_state_dict(state["ema"])
+        write(torch.compile(model) if cfg.compile else model, cfg, cfg.out or "samples.png")
+    elif model := train(cfg, state):
+        write(model, cfg, cfg.out or f"{cfg.run_dir}/samples.png")
+    dist.destroy_process_group() if cfg.world > 1 else None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,632 @@
+"""Every promise of the README that a CPU can check, on tiny data made here: python -m pytest -q test_smoke.py"""
+
+import csv
+import hashlib
+import importlib
+import math
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import common
+
+ROOT = Path(__file__).parent
+SCRIPTS = ["ddpm_unet_mnist"]
+TINY = "--dim 16 --batch-size 8 --log-every 2 --sample-every 0 --warmup 2 --steps 2 --n 4 --dtype float32".split()
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return torch.tensor(list(image.convert("RGB").tobytes()), dtype=torch.int).view(image.height, image.width, 3)
+
+
+def random_images(n, *shape, seed=0):
+    return torch.randint(0, 256, (n, *shape), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+# ---- Tiny data in the real formats
+
+
+@pytest.fixture(scope="session")
+def mnist(tmp_path_factory):
+    """64 + 32 images as IDX files (magic number, sizes, bytes), as torchvision leaves them once unpacked."""
+    root = tmp_path_factory.mktemp("data")
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split, n in (("train", 64), ("t10k", 32)):
+        images = random_images(n, 28, 28, seed=n)
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, n, 28, 28) + images.numpy().tobytes())
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, n) + bytes(i % 10 for i in range(n)))
+    return root
+
+
+def image_folder(root, counts, size=28, mode="L"):
+    """{"train/cat": 3, ..} as PNG files"""
+    for name, n in counts.items():
+        (root / name).mkdir(parents=True)
+        for i in range(n):
+            noise = random_images(1, size, size, 3, seed=i)[0].numpy()
+            Image.fromarray(noise).convert(mode).save(root / name / f"{i}.png")
+    return root
+
+
+def test_mnist_files(mnist):
+    (images, labels), (test_images, _), classes = common.load_data("MNIST", mnist, 28)
+    assert images.dtype == torch.uint8 and images.shape == (64, 1, 28, 28) and test_images.shape == (32, 1, 28, 28)
+    assert torch.equal(images[:, 0], random_images(64, 28, 28, seed=64))
+    assert labels.dtype == torch.int64 and labels.tolist() == [i % 10 for i in range(64)] and len(classes) == 10
+
+
+def test_cifar10_files(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    folder = tmp_path / CIFAR10.base_folder
+    folder.mkdir()
+
+    def write(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return name, hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    batches = [random_images(4, 3072, seed=i) for i in range(6)]
+    files = [write(f"batch_{i}", {"data": b.numpy(), "labels": [i, 0, 9, 5]}) for i, b in enumerate(batches)]
+    name, md5 = write("batches.meta", {"label_names": [f"class {i}" for i in range(10)]})
+    monkeypatch.setattr(CIFAR10, "train_list", files[:5])
+    monkeypatch.setattr(CIFAR10, "test_list", files[5:])
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
+    (images, labels), (test_images, _), classes = common.load_data("CIFAR10", tmp_path, 32)
+    assert images.shape == (20, 3, 32, 32) and labels[:8].tolist() == [0, 0, 9, 5, 1, 0, 9, 5]
+    assert torch.equal(images[4], batches[1][0].view(3, 32, 32)) and torch.equal(test_images[3], batches[5][3].view(3, 32, 32))
+    assert classes[3] == "class 3"
+
+
+def test_image_folder(tmp_path):
+    image_folder(tmp_path, {"train/b c": 2, "train/a": 3, "test/a": 1, "test/b c": 1}, size=32, mode="RGB")
+    (images, labels), (test_images, _), classes = common.load_data("CIFAR10", tmp_path, 32)
+    assert classes == ["a", "b c"] and labels.tolist() == [0, 0, 0, 1, 1] and len(test_images) == 2
+    assert torch.equal(images[1], random_images(1, 32, 32, 3, seed=1)[0].permute(2, 0, 1))
+    shutil.rmtree(tmp_path / "test")
+    (images, _), test_set, _ = common.load_data("MNIST", tmp_path, 28)  # resized, and grey
+    assert images.shape == (5, 1, 28, 28) and test_set is None
+
+
+# ---- Schedules and Gaussians
+
+
+def test_schedules():
+    linear, cosine = common.linear_betas(), common.cosine_betas()
+    assert linear.dtype == torch.float64 and linear[[0, -1]].tolist() == [1e-4, 0.02]
+    a = common.alpha_bar(linear)
+    exact = math.prod(1 - (1e-4 + (0.02 - 1e-4) * i / 999) for i in range(1000))
+    assert a.dtype == torch.float32 and a[-1].item() == pytest.approx(exact, rel=1e-6)
+    f = lambda t: math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2  # noqa: E731
+    assert common.alpha_bar(cosine)[499].item() == pytest.approx(f(500) / f(0), rel=1e-6) and cosine.max() == 0.999
+    for T in (1, 10, 4000):
+        for betas in (common.linear_betas(T), common.cosine_betas(T)):
+            a = common.alpha_bar(betas)
+            assert len(a) == T and 0 < a.min() and a.max() < 1 and (a.diff() < 0).all()
+
+
+@pytest.mark.parametrize("spacing", ["uniform", "quadratic", "trailing"])
+def test_timestep_pairs(spacing):
+    for T, steps in ((1000, 1000), (1000, 999), (1000, 50), (1000, 7), (1000, 1), (10, 3), (1, 1)):
+        pairs = common.timestep_pairs(T, steps, spacing)
+        ts = [t for t, _ in pairs]
+        assert len(pairs) == steps and ts[0] == T - 1 and pairs[-1][1] == -1
+        assert [t for _, t in pairs[:-1]] == ts[1:] and all(a > b for a, b in pairs) and ts[-1] >= 0
+    assert common.timestep_pairs(1000, 5, spacing) == {
+        "uniform": [(999, 749), (749, 500), (500, 250), (250, 0), (0, -1)],
+        "quadratic": [(999, 562), (562, 250), (250, 62), (62, 0), (0, -1)],
+        "trailing": [(999, 799), (799, 599), (599, 399), (399, 199), (199, -1)],
+    }[spacing]
+    with pytest.raises(ValueError, match="1001 steps"):
+        common.timestep_pairs(1000, 1001, spacing)
+
+
+def test_conversions_and_weights():
+    a = common.alpha_bar(common.cosine_betas())
+    g = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, 8, 3, 4, 4, generator=g)
+    t = torch.tensor([0, 1, 10, 100, 500, 900, 990, 950])
+    x_t = common.q_sample(x0, t, eps, a)
+    v = a[t].sqrt()[:, None, None, None] * eps - (1 - a[t]).sqrt()[:, None, None, None] * x0
+    for source, target, given, expected in [
+        ("eps", "x0", eps, x0), ("v", "x0", v, x0), ("x0", "eps", x0, eps),
+        ("v", "eps", v, eps), ("eps", "v", eps, v), ("x0", "v", x0, v),
+    ]:  # fmt: skip
+        got = getattr(common, f"{source}_to_{target}")(x_t, t, given, a)
+        torch.testing.assert_close(got, expected, atol=2e-4, rtol=2e-3)
+    torch.testing.assert_close(common.snr(a), a / (1 - a))
+    # whatever is predicted, the weighted loss is the error of x0 times min(SNR, gamma)
+    x0_hat = x0 + 0.1
+    for target, truth in (("eps", eps), ("x0", x0), ("v", v)):
+        hat = x0_hat if target == "x0" else getattr(common, f"x0_to_{target}")(x_t, t, x0_hat, a)
+        loss = common.min_snr_weights(a, target)[t] * (hat - truth).pow(2).mean(dim=(1, 2, 3))
+        torch.testing.assert_close(loss, 0.01 * common.snr(a)[t].clamp(max=5), rtol=1e-2, atol=1e-6)
+
+
+def test_posterior_is_bayes():
+    """Against the product of the two Gaussians q(x_t | x_s) q(x_s | x_0), worked out in float64."""
+    a = common.alpha_bar(common.linear_betas())
+    x0, x_t = torch.tensor([0.3, -0.7]).view(2, 1, 1, 1), torch.tensor([0.9, 0.1]).view(2, 1, 1, 1)
+    t = torch.tensor([500, 20])
+    for s in (None, torch.tensor([350, 7])):
+        mean, var = common.posterior(x0, x_t, t, a, s)
+        a_t, a_s = a.double()[t], a.double()[t - 1 if s is None else s]
+        alpha = a_t / a_s
+        precision = alpha / (1 - alpha) + 1 / (1 - a_s)
+        expected = (alpha.sqrt() / (1 - alpha) * x_t.flatten() + a_s.sqrt() / (1 - a_s) * x0.flatten()) / precision
+        torch.testing.assert_close(var.flatten().double(), 1 / precision, rtol=1e-3, atol=0)
+        torch.testing.assert_close(mean.flatten().double(), expected, rtol=1e-3, atol=1e-5)
+    mean, var = common.posterior(x0, x_t, torch.tensor([0, 0]), a)
+    assert torch.equal(mean, x0) and not var.any()
+
+
+def test_batch_is_a_function_of_seed_and_step():
+    images, labels = random_images(64, 1, 28, 28), torch.arange(64)
+    get = lambda *which, **kw: common.batch(images, labels, 1000, 8, *which, **kw)  # noqa: E731
+    whole, again = get(3, 5), get(3, 5)
+    assert all(torch.equal(a, b) for a, b in zip(whole, again))
+    for other in (get(3, 6), get(4, 5)):
+        assert not any(torch.equal(a, b) for a, b in zip(whole, other))
+    shares = [get(3, 5, rank=r, world=4) for r in range(4)]
+    assert all(torch.equal(torch.cat(parts), a) for parts, a in zip(zip(*shares), whole))
+    x0, y, t, noise, u = whole
+    assert torch.equal(x0, images[y] / 127.5 - 1) and noise.shape == x0.shape and t.dtype == torch.int64
+    flipped = get(3, 5, flip=True)[0]
+    mirrored = [torch.equal(a, b.flip(-1)) for a, b in zip(flipped, x0)]
+    assert 0 < sum(mirrored) < 8 and all(m or torch.equal(a, b) for m, a, b in zip(mirrored, flipped, x0))
+    t = torch.cat([get(0, step)[2] for step in range(200)])
+    assert t.min() < 10 and t.max() > 989 and abs(t.float().mean() - 499.5) < 30
+
+
+# ---- Samplers, where the best denoiser is known: for data N(mean, std^2) it is linear in x_t
+
+
+MEAN, STD = 0.4, 0.5
+
+
+def gaussian(a, mean=MEAN, std=STD):
+    def denoise(x_t, t):
+        b = a[t][:, None, None, None]
+        return mean + b.sqrt() * std**2 / (b * std**2 + 1 - b) * (x_t - b.sqrt() * mean)
+
+    return denoise
+
+
+def moments(sampler, a, steps, **kw):
+    """The exact mean and variance of what `sampler` draws: it is affine in all of its noises, so draw once with each
+    noise alone set to one. Row 0 has none of them, row 1 the first x, row 2 + k the noise of step k."""
+    rows = (len(steps) if isinstance(steps, list) else steps) + 2
+    x, count = torch.zeros(rows, 1, 1, 1, dtype=torch.float64), iter(range(2, rows))
+    b = a[-1].double()
+    x[:] = b.sqrt() * MEAN  # x_T ~ q(x_T), not quite N(0, 1)
+    x[1] += (b * STD**2 + 1 - b).sqrt()
+
+    def randn(x):
+        z = torch.zeros_like(x)
+        z[next(count)] = 1
+        return z
+
+    out = sampler(gaussian(a.double()), x, a, steps, randn=randn, **kw).flatten()
+    return out[0].item(), (out[1:] - out[0]).pow(2).sum().item()
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    return importlib.import_module(request.param)
+
+
+@pytest.mark.parametrize("sampler, kw, steps", [
+    ("ddim_sample", {}, [25, 50, 100, 200]),
+    ("ddim_sample", {"eta": 1.0}, [50, 100, 200, 400]),
+    ("ddpm_sample", {}, [50, 100, 200, 400]),
+    ("ddpm_sample", {"variance": "large"}, [50, 100, 200, 400]),
+])  # fmt: skip
+def test_samplers_reproduce_a_gaussian_at_first_order(script, sampler, kw, steps):
+    a = common.alpha_bar(common.linear_betas())
+    errors = []
+    for n in steps:
+        mean, variance = moments(getattr(script, sampler), a, n, **kw)
+        assert mean == pytest.approx(MEAN, abs=2 / n)
+        errors.append(abs(variance - STD**2))
+    print(sampler, kw, errors)
+    ratios = [b / a for a, b in zip(errors, errors[1:])]
+    assert all(0.4 < r < 0.62 for r in ratios), ratios
+    mean, variance = moments(getattr(script, sampler), a, 1000, **kw)
+    assert mean == pytest.approx(MEAN, abs=2e-3) and variance == pytest.approx(STD**2, abs=5e-3)
+
+
+def test_ddim_at_eta_1_is_ddpm_step_by_step(script):
+    """Same denoiser, same noise: after each of the T steps the same x, and it is a draw from common.posterior."""
+    a = common.alpha_bar(common.linear_betas(100, 1e-3, 0.1))
+    denoise, pairs = gaussian(a), script.timestep_pairs(100, 100)
+    x = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    for t, t_next in pairs:
+        z = torch.randn(x.shape, generator=torch.Generator().manual_seed(t))
+        ts = torch.full((4,), t)
+        mean, variance = common.posterior(denoise(x, ts), x, ts, a)
+        ddpm = script.ddpm_sample(denoise, x, a, [(t, t_next)], randn=lambda x: z)
+        ddim = script.ddim_sample(denoise, x, a, [(t, t_next)], eta=1.0, randn=lambda x: z)
+        torch.testing.assert_close(ddim, mean + variance.sqrt() * z, atol=2e-6, rtol=1e-4)
+        torch.testing.assert_close(ddpm, ddim, atol=2e-6, rtol=1e-5)
+        x = ddpm
+    every = dict(randn=torch.zeros_like)
+    torch.testing.assert_close(
+        script.ddim_sample(denoise, x, a, 100, eta=1.0, **every), script.ddpm_sample(denoise, x, a, 100, **every)
+    )
+
+
+def test_ddim_returns_the_only_image(script):
+    """A data set of one image, and the exact noise prediction for it."""
+    a, image = common.alpha_bar(common.linear_betas()), random_images(1, 1, 28, 28) / 127.5 - 1
+    model = lambda x, t: common.x0_to_eps(x, t, image.expand_as(x), a)  # noqa: E731
+    noise = torch.randn(3, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    out = script.ddim_sample(script.denoiser(model, a), noise, a, 10)
+    assert (out - image).abs().max() < 1e-4
+
+
+def test_samplers_walk_and_clip(script):
+    a = common.alpha_bar(common.linear_betas())
+    for sampler in (script.ddpm_sample, script.ddim_sample):
+        for steps, expected in ((4, [999, 749, 499, 249]), ([(300, 20), (20, -1)], [300, 20])):
+            seen = []
+            sampler(lambda x, t: seen.append(t.unique().item()) or x, torch.randn(2, 1, 2, 2), a, steps)
+            assert seen == expected
+    denoise = script.denoiser(lambda x, t: torch.zeros_like(x), a)
+    assert denoise(torch.full((1, 1, 1, 1), 0.5), torch.tensor([900])).item() == 1  # x0 is clipped,
+    walk = script.ddim_sample(denoise, torch.full((1, 1, 1, 1), 3.0), a, [(10, 5)])
+    assert walk.item() > 1.5  # and x_t is not
+    assert script.timestep_pairs(1000, 30) == common.timestep_pairs(1000, 30)
+
+
+# ---- Networks
+
+
+def test_network(script):
+    torch.manual_seed(0)
+    net = script.UNet(dim=16)
+    x, t = torch.randn(4, script.CHANNELS, script.SIZE, script.SIZE), torch.tensor([0, 3, 500, 999])
+    out = net(x, t)
+    assert out.shape == x.shape and out.dtype == torch.float32 and not out.any()  # the last layer starts at zero
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    out = net(x, t)
+    torch.testing.assert_close(net(x[1:3], t[1:3]), out[1:3], atol=1e-5, rtol=1e-5)  # nothing leaks between images
+    assert (net(x, t.flip(0)) - out).abs().max() > 1e-4  # the time matters
+    far = x.clone()
+    far[:, :, 0, 0] += 10
+    assert (net(far, t) - out)[:, :, -1, -1].abs().max() > 0  # and every pixel sees every other
+    out.pow(2).sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in net.parameters())
+    embedding = script.timestep_embedding(torch.tensor([0, 7]), 8)
+    torch.testing.assert_close(embedding[0], torch.tensor([0.0] * 4 + [1.0] * 4))
+    assert embedding[1, 0].item() == pytest.approx(math.sin(7)) and embedding[1, 7].item() == pytest.approx(math.cos(0.007))
+
+
+# ---- The command line
+
+
+@pytest.fixture
+def cli(script, tmp_path, monkeypatch, mnist):
+    """Calls the script's main() in an empty folder, as if from a shell; `cli.data` is a tiny data set for it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+    def call(*flags):
+        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, flags)])
+        handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            script.main()
+        finally:
+            for s, handler in handlers.items():
+                signal.signal(s, handler)
+
+    call.data = ["--data-dir", mnist]
+    call.train = lambda run, steps, *more: call(*TINY, *call.data, "--run-dir", run, "--max-steps", steps, *more)
+    return call
+
+
+def checkpoint(run):
+    return torch.load(Path(run, "ckpt.pt"), weights_only=True)
+
+
+def tensors(tree, path=""):
+    if isinstance(tree, torch.Tensor):
+        yield path, tree
+    elif isinstance(tree, (dict, list, tuple)):
+        for k, v in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from tensors(v, f"{path}/{k}")
+
+
+def assert_same(a, b, tolerance=0.0):
+    a, b = dict(tensors(a)), dict(tensors(b))
+    assert a.keys() == b.keys() and len(a) > 100
+    for k in a:
+        if tolerance:
+            torch.testing.assert_close(a[k], b[k], atol=tolerance, rtol=0, msg=lambda m: f"{k}: {m}")
+        else:
+            assert torch.equal(a[k], b[k]), k
+
+
+def test_train_resume_and_draw(cli, script, capsys):
+    cli.train("whole", 6)
+    printed = capsys.readouterr().out
+    assert "M parameters" in printed and "64 images" in printed and "whole" in printed and "images/s" in printed
+    cli.train("parts", 3)
+    shutil.copy("parts/ckpt.pt", "at3.pt")
+    cli("--run-dir", "parts", "--resume", "--max-steps", 6, "--steps", 2)  # the other flags come from the file
+    assert_same(checkpoint("whole"), checkpoint("parts"))
+    assert checkpoint("parts")["config"]["batch_size"] == 8 and checkpoint("parts")["step"] == 6
+    moved = [k for k, v in checkpoint("whole")["model"].items() if not torch.equal(v, torch.load("at3.pt")["model"][k])]
+    assert len(moved) > 50  # it does learn
+
+    rows = {run: list(csv.DictReader(open(f"{run}/log.csv"))) for run in ("whole", "parts")}
+    assert list(rows["whole"][0]) == "step images loss val_loss lr grad_norm images_per_s seconds".split()
+    assert [r["step"] for r in rows["whole"]] == ["2", "4", "6"] == [r["step"] for r in rows["parts"]]
+    assert [r["images"] for r in rows["whole"]] == ["16", "32", "48"] and 0.5 < float(rows["whole"][0]["loss"]) < 1.5
+    assert rows["whole"][2]["val_loss"] == rows["parts"][2]["val_loss"]
+    assert sorted(p.name for p in Path("whole").iterdir()) == ["ckpt.pt", "log.csv", "samples.png"]
+
+    cli("--run-dir", "whole", "--sample-only", "--n", 5, "--steps", 3)  # from the run's own checkpoint
+    assert pixels("samples.png").shape == (60, 90, 3)
+    for name, sampler in (("x.png", ["ddpm"]), ("y.png", ["ddim", "--eta", 1]), ("z.png", ["ddim"])):
+        cli("--ckpt", "at3.pt", "--sample-only", "--n", 1, "--steps", 3, "--out", name, "--dtype", "float32", "--sampler", *sampler)
+    assert (pixels("x.png") - pixels("y.png")).abs().max() <= 1 and (pixels("x.png") - pixels("z.png")).abs().max() > 1
+    cli("--ckpt", "at3.pt", "--sample-only", "--n", 2, "--steps", 3, "--out", "new/way.gif")
+    with Image.open("new/way.gif") as gif:
+        assert gif.n_frames == 3 and gif.size == (60, 30)
+
+
+def test_ema_is_its_closed_form(cli):
+    weights = []
+    for steps in (1, 2, 3):
+        cli.train("run", steps, "--resume", "--ema", 1)  # a half-life of one image
+        weights.append(checkpoint("run")["model"]["stem.weight"])
+    # batch 8, ramp of 0.05 * 8 n images: capped at 1 image from step 3 on, so 2 ** -20, 2 ** -10, 2 ** -8
+    average = weights[0]  # to one part in a million
+    for decay, weight in ((2**-10, weights[1]), (2**-8, weights[2])):
+        average = decay * average + (1 - decay) * weight
+    ema = checkpoint("run")["ema"]["stem.weight"]
+    torch.testing.assert_close(ema, average, atol=1e-7, rtol=1e-5)
+    assert not torch.equal(ema, weights[-1])
+
+
+def test_files_of_images(cli, script):
+    cli.train("run", 1)
+    draw = ["--sample-only", "--run-dir", "run", "--steps", 2, "--dtype", "float32"]
+    cli(*draw, "--n", 5, "--batch-size", 2, "--out", "five/")
+    assert sorted(p.name for p in Path("five").iterdir()) == [f"{i:06d}.png" for i in range(5)]
+    assert pixels("five/000000.png").shape == (28, 28, 3)
+    kept = Path("five/000003.png").stat().st_mtime_ns
+    Path("five/000001.png").unlink()
+    cli(*draw, "--n", 6, "--out", "five/")  # continues: what is there stays
+    assert Path("five/000003.png").stat().st_mtime_ns == kept and len(list(Path("five").iterdir())) == 6
+
+
+def test_image_i_is_a_function_of_seed_and_i(script):
+    """Whatever n and the internal batch are; before rounding to 8 bits."""
+    torch.manual_seed(0)
+    net = script.UNet(dim=16)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    for sampler in ("ddim", "ddpm"):
+        cfg = script.argparse.Namespace(
+            seed=3, device=torch.device("cpu"), sampler=sampler, eta=0.0, steps=20, autocast=torch.autocast("cpu", enabled=False)
+        )
+        whole = script.draw(net, cfg, range(9))
+        parts = torch.cat([script.draw(net, cfg, [0]), script.draw(net, cfg, range(1, 5)), script.draw(net, cfg, range(5, 9))], 1)
+        assert (whole - parts).abs().max() < 1e-5
+        looks = script.draw(net, cfg, range(2), looks=5)
+        assert looks.shape == (5, 2, 1, 28, 28) and (looks[-1] - whole[0, :2]).abs().max() < 1e-5
+        assert (whole[0, 0] - whole[0, 1]).abs().max() > 0.1
+        cfg.seed = 4
+        assert (script.draw(net, cfg, range(9)) - whole).abs().max() > 0.1
+
+
+# ---- Rough treatment
+
+
+def shell(script, *flags, launcher=(), **kw):
+    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    return subprocess.Popen(
+        [sys.executable, *launcher, script.__file__, *map(str, flags)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **kw,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the subprocesses: the order of float sums is part of "bit for bit"
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_killed_at_random_and_resumed(cli, script, one_thread):
+    """SIGKILL, most of the time within a save, of which there is one per step."""
+    flags = [*TINY, *cli.data, "--run-dir", "killed", "--save-every", 1, "--max-steps", 10000, "--resume"]
+    for _ in range(3):
+        process = shell(script, *flags)
+        before = checkpoint("killed")["step"] if Path("killed/ckpt.pt").exists() else -1
+        while not Path("killed/ckpt.pt").exists() or checkpoint("killed")["step"] <= before + 1:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        time.sleep(random.random() / 2)
+        process.kill()
+        process.communicate()
+    Path("killed/ckpt.pt.tmp").write_bytes(b"torn")  # had it been killed here
+    steps = checkpoint("killed")["step"] + 2
+    cli("--run-dir", "killed", "--resume", "--max-steps", steps, "--steps", 2)
+    cli.train("whole", steps)
+    assert_same(checkpoint("killed"), checkpoint("whole"))
+    rows = [int(r["step"]) for r in csv.DictReader(open("killed/log.csv"))]
+    assert [r for r in rows if r % 2 == 0] == list(range(2, steps + 1, 2))  # none missing, none twice
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_saves(cli, script, one_thread, number):
+    process = shell(script, *TINY, *cli.data, "--run-dir", "asked", "--save-every", 10000, "--max-steps", 10000)
+    for line in process.stdout:
+        if line.startswith("step 4 "):
+            process.send_signal(number)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "--resume" in out and not err
+    steps = checkpoint("asked")["step"]
+    assert 4 <= steps < 10000
+    cli("--run-dir", "asked", "--resume", "--max-steps", steps + 1, "--steps", 2)
+    cli.train("whole", steps + 1)
+    assert_same(checkpoint("asked"), checkpoint("whole"))
+
+
+def test_torchrun_with_two_processes(cli, script, one_thread):
+    """Trains to the weights and losses of one process, and draws its share of the same images."""
+    cli.train("one", 4, "--out", "one.png", "--n", 5)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    flags = [*TINY, *cli.data, "--run-dir", "two", "--max-steps", 4, "--out", "two.png", "-n", 5]
+    process = shell(script, *flags, launcher=torchrun)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.count("M parameters") == 1 and "cpu x 2" in out
+    assert_same(checkpoint("one"), checkpoint("two"), tolerance=1e-5)
+    one, two = ([r["loss"] for r in csv.DictReader(open(f"{run}/log.csv"))] for run in ("one", "two"))
+    assert [float(x) for x in one] == pytest.approx([float(x) for x in two], abs=2e-5)
+    assert (pixels("one.png") - pixels("two.png")).abs().max() <= 1
+
+
+def test_full_disk(cli, script, capsys):
+    """A limit on the size of a file stands in for it: the write fails midway."""
+    cli.train("run", 2)
+    before = Path("run/ckpt.pt").read_bytes()
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
+    process = shell(script, "--run-dir", "run", "--resume", "--max-steps", 3, preexec_fn=limit)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and err.count("\n") == 1 and "run/ckpt.pt" in err, err
+    assert Path("run/ckpt.pt").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite(cli, capsys):
+    cli.train("run", 3)
+    with pytest.raises(SystemExit) as stop:
+        cli("--run-dir", "run", "--resume", "--lr", 1e30, "--max-steps", 50, "--save-every", 1)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and re.search(r"not finite at step \d", err)
+    saved = checkpoint("run")
+    assert saved["step"] >= 3 and all(t.isfinite().all() for _, t in tensors(saved))
+
+
+BAD = {  # what is wrong: (flags, what the one line must name)
+    "no data, no network": ("--data-dir nowhere", "--data-dir nowhere"),
+    "no images": ("--data-dir empty", "--data-dir empty"),
+    "a broken image": ("--data-dir broken", "broken/train/a/0.png"),
+    "no checkpoint": ("--sample-only --ckpt none.pt", "none.pt"),
+    "no checkpoint of a run": ("--sample-only --ckpt text.pt", "text.pt"),
+    "a torn checkpoint": ("--sample-only --ckpt torn.pt", "torn.pt"),
+    "another model": ("--sample-only --ckpt other.pt", "dit_cifar10"),
+    "a checkpoint that runs code": ("--sample-only --ckpt evil.pt", "evil.pt"),
+    "another size": ("--run-dir run --resume --dim 32", "run/ckpt.pt"),
+    "an existing run": ("--run-dir run", "--resume"),
+    "too many steps": ("--sample-only --steps 1001", "--steps 1001"),
+    "no steps": ("--sample-only --steps 0", "--steps 0"),
+    "no images to draw": ("--sample-only --n 0", "--n 0"),
+    "eta": ("--sample-only --eta 1.5", "--eta 1.5"),
+    "an unknown ending": ("--sample-only --out x.jpg", "--out x.jpg"),
+    "an impossible place": ("--sample-only --ckpt run/ckpt.pt --steps 1 --n 1 --out run/ckpt.pt/x.png", "run/ckpt.pt/x.png"),
+    "a class": ("--sample-only --classes 3", "--classes"),
+    "an unknown sampler": ("--sample-only --sampler euler", "euler"),
+    "an unknown device": ("--device tpu", "--device tpu"),
+    "a size that does not divide": ("--dim 40", "--dim 40"),
+    "a batch that does not divide": ("--batch-size 9", "--batch-size 9"),
+    "a file for a run": ("--run-dir text.pt", "text.pt"),
+}
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil",)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_line(cli, case, capsys, monkeypatch):
+    flags, named = BAD[case]
+    cli.train("run", 0)
+    image_folder(Path("broken"), {"train/a": 1})
+    Path("broken/train/a/0.png").write_bytes(b"not a picture")
+    Path("empty/train/a").mkdir(parents=True)
+    Path("text.pt").write_text("hello")
+    Path("torn.pt").write_bytes(Path("run/ckpt.pt").read_bytes()[:5000])
+    torch.save({"ema": {}, "config": {"script": "dit_cifar10"}}, "other.pt")
+    torch.save({"ema": Evil(), "config": {}}, "evil.pt")
+    before = {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()}
+    capsys.readouterr()
+    if "batch" in case:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    if "network" in case:
+        monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    small = [] if "--data-dir" in flags else cli.data
+    with pytest.raises(SystemExit) as stop:
+        cli(*small, *flags.split())
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and named in err and "Traceback" not in err, err
+    assert {p: p.read_bytes() for p in before} == before and not Path("evil").exists()
+
+
+# ---- A file copied alone, and the repository
+
+
+def test_a_file_copied_alone_works(script, tmp_path):
+    shutil.copy(script.__file__, tmp_path)
+    code = f"""
+import sys, torch
+from {script.NAME} import UNet, ddpm_sample, ddim_sample, denoiser
+a = torch.linspace(0.9999, 0.98, 1000).cumprod(0)
+net, noise = UNet(dim=16), torch.randn(2, 1, 28, 28)
+for sample in ddpm_sample, ddim_sample:
+    assert sample(denoiser(net, a), noise, a, steps=3).shape == noise.shape
+assert not {{"common", "torchvision", "PIL"}} & set(sys.modules)
+"""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=env)
+
+
+def test_help_names_every_flag_and_is_quick(script):
+    start = time.perf_counter()
+    out = subprocess.run([sys.executable, script.__file__, "--help"], capture_output=True, text=True, check=True).stdout
+    assert time.perf_counter() - start < 10  # 2 s on an idle machine
+    readme = (ROOT / "README.md").read_text()
+    for flag in re.findall(r"^  (--[a-z-]+)", out, re.M):
+        assert flag in readme, flag
+
+
+def test_shipped_checkpoint_draws_digits(cli, script):
+    """What a fresh clone does first; and that the weights are trained: the pictures are black with white strokes."""
+    shipped = torch.load(ROOT / "checkpoints" / f"{script.NAME}.pt", weights_only=True)
+    assert shipped["config"]["script"] == script.NAME and all(v.dtype == torch.half for v in shipped["ema"].values())
+    assert (ROOT / "checkpoints" / f"{script.NAME}.pt").stat().st_size < 8 * 2**20
+    cli("--sample-only", "--n", 4, "--steps", 10)
+    picture = pixels("samples.png")
+    assert picture.shape == (60, 60, 3)
+    assert 0.6 < (picture < 32).float().mean() < 0.95 and 0.03 < (picture > 224).float().mean() < 0.3
+
+
+def test_repository():
+    for name in SCRIPTS:
+        text = (ROOT / f"{name}.py").read_text()
+        assert len(text.splitlines()) <= 400, name
+        imported = set(re.findall(r"^\s*(?:import|from) (\w+)", text, re.M)) - set(sys.stdlib_module_names)
+        assert imported <= {"torch", "einops", "PIL", "common"}, imported
+    assert len((ROOT / "common.py").read_text().splitlines()) <= 250
+    assert (ROOT / "requirements.txt").exists() and "MIT" in (ROOT / "LICENSE").read_text()
