@@ -72,9 +72,9 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """x float (B, channels, H, W) in [-1, 1], t int64 (B,) in 0 .. T - 1 -> the noise in x_t, like x. y is ignored, there
-    for all networks to be called alike. H and W divide by 2 ** (len(mults) - 1). dim: channels at full resolution,
-    a multiple of 16; mults: at each level, in dims. Attention is at the last level, by default of 7 x 7 pixels.
+    """x float (B, channels, H, W) in [-1, 1], t int64 (B,) in 0 .. T - 1 -> the noise in x_t, float32, of x's shape.
+    y is ignored, there for all networks to be called alike. H and W divide by 2 ** (len(mults) - 1). dim: channels at
+    full resolution, a multiple of 16; mults: at each level, in dims. The last level, of 7 x 7 pixels, has attention.
     """
 
     def __init__(self, channels=CHANNELS, dim=64, mults=(1, 2, 2)):
@@ -210,7 +210,8 @@ def train(cfg, state):
         recent.append(torch.stack([loss.detach(), nn.utils.clip_grad_norm_(model.parameters(), 1.0)]))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        half_life = min(cfg.ema, 0.05 * step * cfg.batch_size)  # grows with the run, and so forgets the first weights
+        seen = step * cfg.batch_size  # images
+        half_life = min(cfg.ema, 0.05 * seen)  # grows with the run: the first, bad weights are soon forgotten
         torch._foreach_lerp_(averages, weights, 1 - 0.5 ** (cfg.batch_size / half_life))
         ask = cfg.world > 1 and step % 10 == 0  # all processes must leave at the same step
         leaving = total(torch.tensor(len(stop), device=cfg.device)).item() > 0 if ask else bool(stop) and cfg.world == 1
@@ -228,11 +229,10 @@ def train(cfg, state):
             pace, seconds, tick, ticked, recent = images / elapsed, seconds + elapsed, tick + elapsed, step, []
             left = f"{pace:.0f} images/s  {(cfg.max_steps - step) * cfg.batch_size / pace / 60:.1f} min left"
             say(f"step {step}  loss {loss:.4f}  validation {val_loss}  {left}", flush=True)
-            row = f"{step},{step * cfg.batch_size},{loss:.5f},{val_loss},{lr:g},{grad_norm:.3f},{pace:.0f},{seconds:.1f}"
             with blame(f"--run-dir {cfg.run_dir}"), open(log if cfg.rank == 0 else os.devnull, "a") as file:
-                print(row, file=file)
+                print(f"{step},{seen},{loss:.5f},{val_loss},{lr:g},{grad_norm:.3f},{pace:.0f},{seconds:.0f}", file=file)
         if saving and cfg.rank == 0:
-            save(step)  # after the row: one too many is cut off by --resume, one too few would stay missing
+            save(step)  # after the row, for --resume cuts off one too many, but could not add one too few
         if leaving:
             say(f"stopped after step {step}; --resume continues", flush=True)
             return None
