@@ -132,7 +132,7 @@ def load_data(name, data_dir, size, device="cpu"):
 
     name: "MNIST" (1 channel) or "CIFAR10" (3), found in data_dir or downloaded there by one process per node. If there
     is train/<class>/* in it (and perhaps test/<class>/*), any images, those are read instead, at size x size pixels.
-    Raises OSError or RuntimeError when there are no data and no network, ValueError for an image that cannot be read.
+    Raises OSError when there are no data and no network, ValueError for an image that cannot be read.
     """
     train, test = Path(data_dir, "train"), Path(data_dir, "test")
     if train.is_dir():
@@ -159,7 +159,10 @@ def _read_torchvision(name, data_dir):
 
     sets = []
     for split in (True, False):
-        data = getattr(datasets, name)(data_dir, train=split, download=True)
+        try:
+            data = getattr(datasets, name)(data_dir, train=split, download=True)
+        except (OSError, RuntimeError) as error:
+            raise OSError(f"no {name} there, nor from the network ({error}); bring the files, or train/<class>/*.png")
         images = torch.as_tensor(data.data)
         images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
         sets.append((images, torch.as_tensor(data.targets)))

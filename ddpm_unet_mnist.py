@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 NAME, T, CHANNELS, SIZE = Path(__file__).stem, 1000, 1, 28
 
@@ -51,7 +52,8 @@ class Attention(nn.Module):
     def forward(self, x):  # (B, C, H, W)
         tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")
         q, k, v = rearrange(self.qkv(tokens), "b n (qkv heads d) -> qkv b heads n d", qkv=3, heads=self.heads)
-        tokens = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n d -> b n (heads d)")
+        with sdpa_kernel(SDPBackend.MATH) if x.is_cpu else contextlib.nullcontext():  # a CPU is slow at fused gradients
+            tokens = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n d -> b n (heads d)")
         return x + rearrange(self.out(tokens), "b (h w) c -> b c h w", h=x.shape[2])
 
 
@@ -178,7 +180,6 @@ def train(cfg, state):
         with blame(f"{path} is not written, and what was there still is"):
             torch.save({k: p.state_dict() for k, p in parts.items()} | dict(step=step, config=config), f"{path}.tmp")
             os.replace(f"{path}.tmp", path)  # so that no kill leaves a torn file
-
     seconds, say = 0.0, print if cfg.rank == 0 else lambda *_, **__: None
     say(f"{cfg.device.type} x {cfg.world}, {cfg.dtype}, {sum(w.numel() for w in weights) / 1e6:.2f} M parameters")
     say(f"{cfg.data_dir}: {len(train_set[0])} images; {cfg.run_dir}: from step {first} to {cfg.max_steps}", flush=True)
@@ -191,9 +192,9 @@ def train(cfg, state):
             seconds = float(rows[-1].split(",")[7]) if rows else 0.0
         if not state:
             save(0)
-    alphas_cumprod = alpha_bar(linear_betas(T)).to(cfg.device)
-    net = torch.compile(model) if cfg.compile else model
+    alphas_cumprod, net = alpha_bar(linear_betas(T)).to(cfg.device), torch.compile(model) if cfg.compile else model
     net = nn.parallel.DistributedDataParallel(net) if cfg.world > 1 else net
+
     def loss_of(net, data, *which, **share):  # L_simple, eq. 14
         x0, _, t, noise, _ = batch(*data, T, *which, **share)
         with cfg.autocast:
@@ -201,8 +202,8 @@ def train(cfg, state):
 
     total = (lambda x: dist.all_reduce(x) or x) if cfg.world > 1 else lambda x: x  # over all processes
     stop, recent, tick, ticked = [], [], time.perf_counter(), first
-    for number in (signal.SIGINT, signal.SIGTERM):  # the first one asks, a second one kills
-        signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
+    for number in (signal.SIGINT, signal.SIGTERM):  # torchrun passes on what came already: a second one must not kill
+        signal.signal(number, lambda *_: stop.append(True))
     for step in range(first + 1, cfg.max_steps + 1):
         lr = optimizer.param_groups[0]["lr"] = cfg.lr * min(1, step / max(cfg.warmup, 1))
         loss = loss_of(net, train_set, cfg.batch_size, cfg.seed, step, rank=cfg.rank, world=cfg.world)
@@ -210,8 +211,8 @@ def train(cfg, state):
         recent.append(torch.stack([loss.detach(), nn.utils.clip_grad_norm_(model.parameters(), 1.0)]))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        seen = step * cfg.batch_size  # images
-        half_life = min(cfg.ema, 0.05 * seen)  # grows with the run: the first, bad weights are soon forgotten
+        seen = step * cfg.batch_size
+        half_life = min(cfg.ema, 0.05 * seen)  # images; it grows with the run, which so forgets its first, bad weights
         torch._foreach_lerp_(averages, weights, 1 - 0.5 ** (cfg.batch_size / half_life))
         ask = cfg.world > 1 and step % 10 == 0  # all processes must leave at the same step
         leaving = total(torch.tensor(len(stop), device=cfg.device)).item() > 0 if ask else bool(stop) and cfg.world == 1
@@ -301,7 +302,7 @@ SAVED = "data_dir batch_size max_steps lr warmup ema save_every sample_every log
 
 
 def die(message):  # for what the user can put right: one line, exit code 2, no traceback
-    print(f"{NAME}.py: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{NAME}.py: {' '.join(message.split())[:300]}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -310,7 +311,7 @@ def blame(what):
     try:
         yield
     except Exception as error:
-        die(f"{what}: {error if isinstance(error, (OSError, ValueError)) else type(error).__name__}")
+        die(f"{what}: {error if isinstance(error, (OSError, RuntimeError, ValueError)) else type(error).__name__}")
 
 
 def load_checkpoint(path):
@@ -348,8 +349,7 @@ def parse(**defaults):
     flag("--device", metavar="NAME", help="(cuda, else mps, else cpu)")
     flag("--dtype", choices=["float32", "bfloat16"], help="of the network (bfloat16 where the hardware has it)")
     flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (for training on cuda)")
-    p.set_defaults(**defaults)
-    cfg = p.parse_args()
+    cfg = p.parse_args(namespace=argparse.Namespace(**defaults))
     cfg.rank, cfg.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cfg.steps = dict(ddpm=T, ddim=50)[cfg.sampler] if cfg.steps is None else cfg.steps
     for name in "n steps batch_size save_every log_every ema dim lr".split():
