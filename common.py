@@ -32,7 +32,7 @@ def alpha_bar(betas):
 
 
 def timestep_pairs(T, steps, spacing="trailing"):
-    """The walk of a sampler: a list of `steps` pairs (t, t_next), from T - 1 at the latest to t_next = -1.
+    """The walk of a sampler: a list of `steps` pairs (t, t_next), from T - 1 to t_next = -1.
 
     "uniform" has both ends, T - 1 and 0; "quadratic" is dense near the clean image (Song et al. 2020, appendix D.2);
     "trailing" makes every stride equal, the last one, to -1, included (Lin et al. 2023, 2305.08891, table 2).
@@ -57,9 +57,13 @@ def timestep_pairs(T, steps, spacing="trailing"):
 # The Gaussians. x_t, x0, eps and v are float (B, C, H, W), t is int64 (B,), and everything stays float32.
 
 
+def _alpha_bar(alphas_cumprod, t):
+    """alpha-bar_t, (B, 1, 1, 1); t = -1 is the clean image."""
+    return torch.where(t < 0, 1.0, alphas_cumprod.to(t.device)[t])[:, None, None, None]
+
+
 def _coefficients(alphas_cumprod, t):
-    """sqrt(alpha-bar_t) and sqrt(1 - alpha-bar_t), each (B, 1, 1, 1); t = -1 is the clean image."""
-    a = torch.where(t < 0, 1.0, alphas_cumprod.to(t.device)[t])[:, None, None, None]
+    a = _alpha_bar(alphas_cumprod, t)
     return a.sqrt(), (1 - a).sqrt()
 
 
@@ -105,11 +109,9 @@ def posterior(x0, x_t, t, alphas_cumprod, t_next=None):
 
     t_next defaults to t - 1; any earlier time will do, since a stride is a single step with a larger beta.
     """
-    a, s = _coefficients(alphas_cumprod, t)
-    a_next, s_next = _coefficients(alphas_cumprod, t - 1 if t_next is None else t_next)
-    beta = 1 - (a / a_next) ** 2
-    mean = a_next * beta / s**2 * x0 + (a / a_next) * (s_next / s) ** 2 * x_t
-    return mean, (s_next / s) ** 2 * beta
+    a, a_next = _alpha_bar(alphas_cumprod, t), _alpha_bar(alphas_cumprod, t - 1 if t_next is None else t_next)
+    beta, left = (a_next - a) / a_next, (1 - a_next) / (1 - a)
+    return a_next.sqrt() * beta / (1 - a) * x0 + (1 - beta).sqrt() * left * x_t, left * beta
 
 
 def snr(alphas_cumprod):
@@ -134,24 +136,23 @@ def load_data(name, data_dir, size, device="cpu"):
     is train/<class>/* in it (and perhaps test/<class>/*), any images, those are read instead, at size x size pixels.
     Raises OSError when there are no data and no network, ValueError for an image that cannot be read.
     """
+    waits = dist.is_initialized() and os.environ.get("LOCAL_RANK") != "0"
+    if waits:
+        dist.barrier()
     train, test = Path(data_dir, "train"), Path(data_dir, "test")
     if train.is_dir():
         channels = {"MNIST": 1, "CIFAR10": 3}[name]
-        images, labels, classes = _read_folder(train, size, channels)
-        sets = [(images, labels), None]
-        if test.is_dir():
-            images, labels, test_classes = _read_folder(test, size, channels)
-            if test_classes != classes:
-                raise ValueError(f"{test}: its classes are not those of {train}")
-            sets[1] = images, labels
+        *train_set, classes = _read_folder(train, size, channels)
+        *test_set, test_classes = _read_folder(test, size, channels) if test.is_dir() else (None, classes)
+        if test_classes != classes:
+            raise ValueError(f"{test}: its classes are not those of {train}")
     else:
-        waits = dist.is_initialized() and os.environ.get("LOCAL_RANK") != "0"
-        if waits:
-            dist.barrier()
-        sets, classes = _read_torchvision(name, data_dir)
-        if dist.is_initialized() and not waits:
-            dist.barrier()
-    return *(s and tuple(part.to(device) for part in s) for s in sets), classes
+        train_set, test_set, classes = _read_torchvision(name, data_dir)
+    if dist.is_initialized() and not waits:
+        dist.barrier()
+    train_set = tuple(part.to(device) for part in train_set)
+    test_set = tuple(part.to(device) for part in test_set) if test_set != [None] else None
+    return train_set, test_set, classes
 
 
 def _read_torchvision(name, data_dir):
@@ -166,7 +167,7 @@ def _read_torchvision(name, data_dir):
         images = torch.as_tensor(data.data)
         images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
         sets.append((images, torch.as_tensor(data.targets)))
-    return sets, data.classes
+    return *sets, data.classes
 
 
 def _read_folder(root, size, channels):
@@ -179,6 +180,8 @@ def _read_folder(root, size, channels):
     for i, (path, _) in enumerate(folder.samples):
         try:
             with Image.open(path) as image:
+                image = ImageOps.exif_transpose(image)  # photographs lie on their side and say so
+                image = image.point(lambda v: v / 256) if image.mode.startswith("I") else image  # 16 bits
                 image = image.convert("L" if channels == 1 else "RGB")
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"{path} is not an image that can be read ({error})") from error

@@ -76,8 +76,7 @@ class Block(nn.Module):
 class UNet(nn.Module):
     """x float (B, channels, H, W) in [-1, 1], t int64 (B,) in 0 .. T - 1 -> the noise in x_t, float32, of x's shape.
     y is ignored, there for all networks to be called alike. H and W divide by 2 ** (len(mults) - 1). dim: channels at
-    full resolution, a multiple of 16; mults: at each level, in dims. The last level, of 7 x 7 pixels, has attention.
-    """
+    full resolution, a multiple of 16; mults: each level's, in dims. The last level, of 7 x 7 pixels, has attention."""
 
     def __init__(self, channels=CHANNELS, dim=64, mults=(1, 2, 2)):
         super().__init__()
@@ -107,7 +106,7 @@ class UNet(nn.Module):
         return self.head(h).float()
 
 
-# ---- The samplers. They know of no network: denoise(x_t, t) gives the clean image to expect, x0_hat
+# ---- The samplers. They know of no network: denoise(x_t, t) gives an estimate of the clean image, x0_hat
 def denoiser(model, alphas_cumprod):
     """denoise(x_t, t) -> x0_hat in [-1, 1], for a model(x_t, t) that predicts the noise (Ho et al. 2020, eq. 15)."""
     def denoise(x_t, t):  # float (B, C, H, W), int64 (B,)
@@ -128,8 +127,7 @@ def ddpm_sample(denoise, x, alphas_cumprod, steps=1000, variance="small", randn=
 
     denoise: (float (B, C, H, W), int64 (B,)) -> float (B, C, H, W); x: noise (B, C, H, W); alphas_cumprod: float (T,);
     steps: how many, at most T, or a list of (t, t_next); variance: "small" (beta-tilde) is the posterior's, "large"
-    (beta) best where the data are white noise (section 3.2); randn: x -> noise like x. Returns (B, C, H, W).
-    """
+    (beta) best where the data are white noise (section 3.2); randn: x -> noise like x. Returns (B, C, H, W)."""
     alpha_bar = alphas_cumprod.tolist() + [1.0]  # so that alpha_bar[-1] is the clean image's
     for t, t_next in steps if isinstance(steps, list) else timestep_pairs(len(alphas_cumprod), steps):
         a, a_next = alpha_bar[t], alpha_bar[t_next]
@@ -143,8 +141,7 @@ def ddpm_sample(denoise, x, alphas_cumprod, steps=1000, variance="small", randn=
 
 def ddim_sample(denoise, x, alphas_cumprod, steps=50, eta=0.0, randn=torch.randn_like):
     """Denoising diffusion implicit models (Song et al. 2020, 2010.02502, eq. 12): move towards x0_hat, up to t_next.
-    The rest is as in ddpm_sample. With eta = 0 no noise is drawn and an ODE is solved; eta = 1 is ddpm_sample.
-    """
+    The rest is as in ddpm_sample. With eta = 0 no noise is drawn and an ODE is solved; eta = 1 is ddpm_sample."""
     alpha_bar = alphas_cumprod.tolist() + [1.0]
     for t, t_next in steps if isinstance(steps, list) else timestep_pairs(len(alphas_cumprod), steps):
         a, a_next = alpha_bar[t], alpha_bar[t_next]
@@ -159,8 +156,7 @@ def ddim_sample(denoise, x, alphas_cumprod, steps=50, eta=0.0, randn=torch.randn
 
 def train(cfg, state):
     """Ho et al. 2020, algorithm 1. Returns the network of averaged weights, or None if a signal ends the run early.
-    Step n is a function of (cfg.seed, n) and the weights it finds, whatever the number of processes and of restarts.
-    """
+    Step n is a function of (cfg.seed, n) and the weights it finds, whatever the number of processes and of restarts."""
     from common import alpha_bar, batch, linear_betas, load_data, q_sample
     torch.manual_seed(cfg.seed)  # the same first weights in every process
     model = UNet(dim=cfg.dim).to(cfg.device)
@@ -170,14 +166,13 @@ def train(cfg, state):
     parts, first = dict(model=model, ema=ema, optimizer=optimizer), state["step"] if state else 0
     path, log = Path(cfg.run_dir, "ckpt.pt"), Path(cfg.run_dir, "log.csv")
     with blame(f"--resume: {path} does not fit"):
-        for name, part in parts.items() if state else ():
-            part.load_state_dict(state[name])
+        [part.load_state_dict(state[name]) for name, part in parts.items() if state]
     with blame(f"--data-dir {cfg.data_dir}"):
         train_set, test_set, _ = load_data("MNIST", cfg.data_dir, SIZE, cfg.device)
 
     def save(step):
         config = dict(script=NAME) | {name: getattr(cfg, name) for name in SAVED}
-        with blame(f"{path} is not written, and what was there still is"):
+        with blame(f"{path} cannot be written (disk full?), and what was there still is"):
             torch.save({k: p.state_dict() for k, p in parts.items()} | dict(step=step, config=config), f"{path}.tmp")
             os.replace(f"{path}.tmp", path)  # so that no kill leaves a torn file
     seconds, say = 0.0, print if cfg.rank == 0 else lambda *_, **__: None
@@ -186,13 +181,14 @@ def train(cfg, state):
     if cfg.rank == 0:
         with blame(f"--run-dir {cfg.run_dir}"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            rows = log.read_text().splitlines()[1:] if log.exists() else []
-            rows = [r for r in rows if r.count(",") == 7 and int(r.split(",")[0]) <= first]  # the others come again
-            log.write_text("\n".join(["step,images,loss,val_loss,lr,grad_norm,images_per_s,seconds", *rows, ""]))
+            rows = log.read_text().splitlines() if log.exists() else []
+            rows = [r for r in rows[1:] if r.count(",") == 7 and int(r.split(",")[0]) <= first]  # the others come again
             seconds = float(rows[-1].split(",")[7]) if rows else 0.0
-        if not state:
-            save(0)
-    alphas_cumprod, net = alpha_bar(linear_betas(T)).to(cfg.device), torch.compile(model) if cfg.compile else model
+            rows = ["step,images,loss,val_loss,lr,grad_norm,images_per_s,seconds", *rows, ""]
+            path.with_name("tmp").write_text("\n".join(rows)), os.replace(path.with_name("tmp"), log)
+        state or save(0)
+    alphas_cumprod = alpha_bar(linear_betas(T)).to(cfg.device)
+    net = torch.compile(model) if cfg.compile else model
     net = nn.parallel.DistributedDataParallel(net) if cfg.world > 1 else net
 
     def loss_of(net, data, *which, **share):  # L_simple, eq. 14
@@ -202,10 +198,10 @@ def train(cfg, state):
 
     total = (lambda x: dist.all_reduce(x) or x) if cfg.world > 1 else lambda x: x  # over all processes
     stop, recent, tick, ticked = [], [], time.perf_counter(), first
-    for number in (signal.SIGINT, signal.SIGTERM):  # torchrun passes on what came already: a second one must not kill
-        signal.signal(number, lambda *_: stop.append(True))
+    old = {n: signal.signal(n, lambda *_: stop.append(True)) for n in (signal.SIGINT, signal.SIGTERM)}
     for step in range(first + 1, cfg.max_steps + 1):
-        lr = optimizer.param_groups[0]["lr"] = cfg.lr * min(1, step / max(cfg.warmup, 1))
+        # Ho et al. keep the rate constant; falling, it gave lower losses here, and needs no end of the run to aim for
+        lr = optimizer.param_groups[0]["lr"] = cfg.lr * min(step / cfg.warmup, math.sqrt(cfg.warmup / step))
         loss = loss_of(net, train_set, cfg.batch_size, cfg.seed, step, rank=cfg.rank, world=cfg.world)
         loss.backward()
         recent.append(torch.stack([loss.detach(), nn.utils.clip_grad_norm_(model.parameters(), 1.0)]))
@@ -214,15 +210,16 @@ def train(cfg, state):
         seen = step * cfg.batch_size
         half_life = min(cfg.ema, 0.05 * seen)  # images; it grows with the run, which so forgets its first, bad weights
         torch._foreach_lerp_(averages, weights, 1 - 0.5 ** (cfg.batch_size / half_life))
-        ask = cfg.world > 1 and step % 10 == 0  # all processes must leave at the same step
-        leaving = total(torch.tensor(len(stop), device=cfg.device)).item() > 0 if ask else bool(stop) and cfg.world == 1
+        leaving = bool(stop) and cfg.world == 1
+        if cfg.world > 1 and step % 10 == 0:  # all processes must leave at the same step
+            leaving = total(torch.tensor(len(stop), device=cfg.device)).item() > 0
         saving = leaving or step == cfg.max_steps or step % cfg.save_every == 0
         reporting = step % cfg.log_every == 0 or step == first + 10
-        if saving or reporting:  # the one place where the host waits for the device
+        if saving or reporting:  # only here does the host wait for the device
             values = total(torch.stack(recent)) / cfg.world
             loss, grad_norm = values.mean(dim=0).tolist()
-            if not math.isfinite(loss + grad_norm):
-                bad = step - len(recent) + 1 + values.sum(dim=1).isfinite().tolist().index(False)
+            if False in (fine := values.isfinite().all(dim=1).tolist()):
+                bad = step - len(fine) + 1 + fine.index(False)
                 die(f"loss or gradient not finite at step {bad}; {path} is older: try --resume with a lower --lr")
         if reporting:
             val_loss = f"{loss_of(ema, test_set, 256, 0, 0).item():.5f}" if test_set else ""
@@ -235,18 +232,17 @@ def train(cfg, state):
         if saving and cfg.rank == 0:
             save(step)  # after the row, for --resume cuts off one too many, but could not add one too few
         if leaving:
-            say(f"stopped after step {step}; --resume continues", flush=True)
-            return None
+            return say(f"stopped after step {step}; --resume continues", flush=True)
         if cfg.sample_every and step % cfg.sample_every == 0:
-            write(ema, cfg, f"{cfg.run_dir}/samples-{step:07d}.png")
+            write(ema, cfg, f"{cfg.run_dir}/samples-{step:07d}.png", min(cfg.n, 64))
+    [signal.signal(number, handler) for number, handler in old.items()]  # from here on, they may end the drawing
     return ema
 
 
 @torch.no_grad()
 def draw(model, cfg, index, looks=1):
     """float (looks, len(index), C, H, W): looks at equal distances on the way from noise, the last one at the images.
-    Image k is a function of (cfg.seed, index[k]) alone, whatever else is drawn with it.
-    """
+    Image k is a function of (cfg.seed, index[k]) alone, whatever else is drawn with it."""
     from common import alpha_bar, linear_betas, noises
     noise = noises(cfg.seed, index, (CHANNELS, SIZE, SIZE), cfg.device)
     alphas_cumprod = alpha_bar(linear_betas(T)).to(cfg.device)
@@ -275,26 +271,27 @@ def save_picture(frames, path):
         os.replace(f"{path}.tmp", path)
 
 
-def write(model, cfg, out):
-    """Draw cfg.n images, each process its share: out x.png is a grid, x.gif the way to it, x/ one file per image."""
+def write(model, cfg, out, n):
+    """Draw n images, each process its share: out x.png is a grid, x.gif the way to it, x/ a file per image."""
     folder, looks = out.endswith("/"), min(50, cfg.steps) if out.endswith(".gif") else 1
-    mine = range(cfg.rank * cfg.n // cfg.world, (cfg.rank + 1) * cfg.n // cfg.world)
+    mine = range(cfg.rank * n // cfg.world, (cfg.rank + 1) * n // cfg.world)
     mine = [i for i in mine if not folder or not Path(out, f"{i:06d}.png").exists()]  # what is drawn already is kept
-    drawn, size, start = [], max(1, cfg.batch_size // cfg.world), time.perf_counter()
-    for at in range(0, len(mine), size):
-        index = mine[at : at + size]
-        drawn.append(draw(model, cfg, index, looks).cpu())
-        for i, image in zip(index, drawn.pop().unbind(1)) if folder else ():
-            save_picture(image[:, None], f"{out}{i:06d}.png")
+    drawn, start = [], time.perf_counter()
+    for at in range(0, len(mine), cfg.batch_size):
+        index = mine[at : at + cfg.batch_size]
+        images = draw(model, cfg, index, looks).cpu()
+        for k, i in enumerate(index if folder else ()):
+            save_picture(images[:, k : k + 1], f"{out}{i:06d}.png")
+        drawn += [] if folder else [images]
         if cfg.rank == 0:
             left = (time.perf_counter() - start) / (at + len(index)) * (len(mine) - at - len(index))
             print(f"{at + len(index)} of {len(mine)} images, {left:.0f} s left", flush=True)
-    if cfg.world > 1:
+    if cfg.world > 1 and not folder:
         dist.all_gather_object(shares := [None] * cfg.world, drawn)
         drawn = sum(shares, [])
     if cfg.rank == 0:
         save_picture(torch.cat(drawn, dim=1), out) if drawn else None
-        print(out, flush=True)
+        print(out, "(what was there before is kept)" if folder else "", flush=True)
 
 
 # ---- The command line. What is SAVED in a checkpoint is what --resume takes from there, where no flag says otherwise
@@ -311,14 +308,13 @@ def blame(what):
     try:
         yield
     except Exception as error:
-        die(f"{what}: {error if isinstance(error, (OSError, RuntimeError, ValueError)) else type(error).__name__}")
+        die(f"{what}: {str(error).split('. ')[0] or type(error).__name__}")
 
 
 def load_checkpoint(path):
     with blame(f"{path} is not a checkpoint of {NAME}; --ckpt names another"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["config"]["script"] != NAME:
-            raise ValueError(f"but of {state['config']['script']}")
+        assert state["config"]["script"] == NAME, f"it is one of {state['config']['script']}"
         return state
 
 
@@ -330,69 +326,73 @@ def parse(**defaults):
     flag("--ckpt", metavar="PATH", help=f"weights to draw from (the run's, else checkpoints/{NAME}.pt)")
     flag("--sampler", choices=["ddpm", "ddim"], default="ddim", help="(%(default)s)")
     flag("--steps", type=int, metavar="N", help=f"evaluations of the network, at most {T} (ddpm {T}, ddim 50)")
-    flag("--eta", type=float, default=0.0, metavar="X", help="noise in ddim, from 0 to 1, which is ddpm (%(default)s)")
+    flag("--eta", type=float, default=0.0, metavar="X", help="noise in ddim: 0 is none, 1 is ddpm (%(default)s)")
     flag("-n", "--n", type=int, default=64, metavar="N", help="images (%(default)s)")
-    flag("--seed", type=int, default=0, metavar="N", help="image i depends on it and on i alone (%(default)s)")
+    flag("--seed", type=int, default=0, metavar="N", help="of the images, or of the training (%(default)s)")
     flag("--out", metavar="PATH", help="x.png a grid, x.gif the way to it, x/ a PNG per image (samples.png)")
     flag("--data-dir", default="data", metavar="PATH", help="MNIST, or train/<class>/*.png (%(default)s)")
     flag("--run-dir", default=f"runs/{NAME}", metavar="PATH", help="ckpt.pt, log.csv, samples (%(default)s)")
     flag("--resume", action="store_true", help="continue the run in --run-dir, with its flags where none are given")
     flag("--batch-size", type=int, default=64, metavar="N", help="images, over all processes (%(default)s)")
-    flag("--max-steps", type=int, default=20000, metavar="N", help="(%(default)s)")
-    flag("--lr", type=float, default=1e-3, metavar="X", help="Adam's learning rate (%(default)s)")
-    flag("--warmup", type=int, default=200, metavar="N", help="steps from 0 to --lr (%(default)s)")
+    flag("--max-steps", type=int, default=20000, metavar="N", help="to train in all (%(default)s)")
+    flag("--lr", type=float, default=1e-3, metavar="X", help="Adam's learning rate at its highest (%(default)s)")
+    flag("--warmup", type=int, default=1000, metavar="N", help="steps from 0 to --lr, then 1/sqrt(step) (%(default)s)")
     flag("--ema", type=int, default=50000, metavar="N", help="half-life of the averages, in images (%(default)s)")
     flag("--save-every", type=int, default=500, metavar="N", help="steps (%(default)s)")
     flag("--sample-every", type=int, default=2000, metavar="N", help="steps, 0 is never (%(default)s)")
     flag("--log-every", type=int, default=100, metavar="N", help="steps (%(default)s)")
     flag("--dim", type=int, default=64, metavar="N", help="channels at 28 x 28, a multiple of 16 (%(default)s)")
-    flag("--device", metavar="NAME", help="(cuda, else mps, else cpu)")
+    flag("--device", metavar="NAME", help="where to compute (cuda, else mps, else cpu)")
     flag("--dtype", choices=["float32", "bfloat16"], help="of the network (bfloat16 where the hardware has it)")
     flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (for training on cuda)")
     cfg = p.parse_args(namespace=argparse.Namespace(**defaults))
     cfg.rank, cfg.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cfg.steps = dict(ddpm=T, ddim=50)[cfg.sampler] if cfg.steps is None else cfg.steps
-    for name in "n steps batch_size save_every log_every ema dim lr".split():
-        if not getattr(cfg, name) > 0:
-            die(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be above 0")
+    counts = "n steps batch_size save_every log_every warmup ema dim lr".split()
     for wrong, message in [
+        *((getattr(cfg, k) <= 0, f"--{k.replace('_', '-')} {getattr(cfg, k)}: must be above 0") for k in counts),
         (cfg.steps > T, f"--steps {cfg.steps}: there are {T}"),
         (not 0 <= cfg.eta <= 1, f"--eta {cfg.eta}: must be from 0 to 1"),
         (cfg.dim % 16, f"--dim {cfg.dim}: must be a multiple of 16"),
         (not (cfg.out or "/").endswith((".png", ".gif", "/")), f"--out {cfg.out}: must end in .png, .gif or /"),
-        (cfg.batch_size % cfg.world, f"--batch-size {cfg.batch_size}: must divide by the {cfg.world} processes"),
     ]:
         die(message) if wrong else None
     return cfg
 
 
 def main():
-    cfg, state = parse(), None
+    cfg = parse()
     ckpt, shipped = Path(cfg.run_dir, "ckpt.pt"), Path(__file__).with_name("checkpoints") / f"{NAME}.pt"
     if cfg.sample_only:
-        state = load_checkpoint(cfg.ckpt or (ckpt if ckpt.exists() else shipped))
-    elif ckpt.exists():
-        if not cfg.resume:
-            die(f"--run-dir {cfg.run_dir} holds a run: continue it with --resume, or name another folder")
-        state = load_checkpoint(ckpt)
-        cfg = parse(**state["config"])
+        ckpt = Path(cfg.ckpt or (ckpt if ckpt.exists() else shipped))
+    elif ckpt.exists() and not cfg.resume:
+        die(f"--run-dir {cfg.run_dir} holds a run: continue it with --resume, or name another folder")
+    state = load_checkpoint(ckpt) if cfg.sample_only or ckpt.exists() else None
+    cfg = parse(**state["config"]) if state and not cfg.sample_only else cfg
+    if not cfg.sample_only and cfg.batch_size % cfg.world:
+        die(f"--batch-size {cfg.batch_size}: must divide by the {cfg.world} processes")
     found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    with blame(f"--device {cfg.device}"):
+    with blame(f"--device {cfg.device or found}"):
         if cuda := (cfg.device or found).startswith("cuda"):
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", (cfg.device or found).partition(":")[2] or 0)))
         cfg.device = torch.empty(1, device="cuda" if cuda else cfg.device or found).device
-    cpu = Path("/proc/cpuinfo")  # names avx512_bf16, amx_bf16 or, on Arm, bf16
-    bf16 = torch.cuda.get_device_capability() >= (8, 0) if cuda else cpu.exists() and "bf16" in cpu.read_text()
-    cfg.dtype = cfg.dtype or ("bfloat16" if bf16 and cfg.device.type != "mps" else "float32")
-    cfg.autocast = torch.autocast(cfg.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
-    cfg.compile = cuda and not cfg.sample_only if cfg.compile is None else cfg.compile
-    dist.init_process_group("nccl" if cuda else "gloo") if cfg.world > 1 else None
+    chip, cpu = torch.cuda.get_device_capability() if cuda else (0, 0), Path("/proc/cpuinfo")
+    bf16 = chip >= (8, 0) or cfg.device.type == "cpu" and cpu.exists() and "bf16" in cpu.read_text()  # avx512_bf16, say
+    cfg.dtype = cfg.dtype or ("bfloat16" if bf16 else "float32")
+    half = cfg.dtype == "bfloat16"  # where it is off, its device does not matter, and old versions know no mps
+    cfg.autocast = torch.autocast(cfg.device.type if half else "cpu", torch.bfloat16, enabled=half)
+    if cfg.compile is None:  # it needs Triton, which knows neither Windows nor older chips
+        cfg.compile = chip >= (7, 0) and os.name != "nt" and not cfg.sample_only
+    if cfg.world > 1:
+        dist.init_process_group("nccl" if cuda and dist.is_nccl_available() else "gloo")
     if cfg.sample_only:
-        model = UNet(dim=state["config"]["dim"]).to(cfg.device)
-        model.load_state_dict(state["ema"])
-        write(torch.compile(model) if cfg.compile else model, cfg, cfg.out or "samples.png")
+        print(f"{ckpt}: step {state['step']}") if cfg.rank == 0 else None
+        with blame(f"{ckpt} does not fit {NAME}.py"):
+            model = UNet(dim=state["config"]["dim"]).to(cfg.device)
+            model.load_state_dict(state["ema"])
+        write(torch.compile(model) if cfg.compile else model, cfg, cfg.out or "samples.png", cfg.n)
     elif model := train(cfg, state):
-        write(model, cfg, cfg.out or f"{cfg.run_dir}/samples.png")
+        write(model, cfg, cfg.out or f"{cfg.run_dir}/samples.png", cfg.n)
     dist.destroy_process_group() if cfg.world > 1 else None
 
 
