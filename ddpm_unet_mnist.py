@@ -158,6 +158,7 @@ def train(cfg, state):
     """Ho et al. 2020, algorithm 1. Returns the network of averaged weights, or None if a signal ends the run early.
     Step n is a function of (cfg.seed, n) and the weights it finds, whatever the number of processes and of restarts."""
     from common import alpha_bar, batch, linear_betas, load_data, q_sample
+
     torch.manual_seed(cfg.seed)  # the same first weights in every process
     model = UNet(dim=cfg.dim).to(cfg.device)
     ema = copy.deepcopy(model).requires_grad_(False)
@@ -324,8 +325,8 @@ def parse(**defaults):
     flag = p.add_argument
     flag("--sample-only", action="store_true", help="draw and exit; without it, train and then draw")
     flag("--ckpt", metavar="PATH", help=f"weights to draw from (the run's, else checkpoints/{NAME}.pt)")
-    flag("--sampler", choices=["ddpm", "ddim"], default="ddim", help="(%(default)s)")
-    flag("--steps", type=int, metavar="N", help=f"evaluations of the network, at most {T} (ddpm {T}, ddim 50)")
+    flag("--sampler", choices=["ddpm", "ddim"], default="ddpm", help="(%(default)s)")
+    flag("--steps", type=int, default=50, metavar="N", help=f"of at most {T}, which is the papers' ddpm (%(default)s)")
     flag("--eta", type=float, default=0.0, metavar="X", help="noise in ddim: 0 is none, 1 is ddpm (%(default)s)")
     flag("-n", "--n", type=int, default=64, metavar="N", help="images (%(default)s)")
     flag("--seed", type=int, default=0, metavar="N", help="of the images, or of the training (%(default)s)")
@@ -347,7 +348,6 @@ def parse(**defaults):
     flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (for training on cuda)")
     cfg = p.parse_args(namespace=argparse.Namespace(**defaults))
     cfg.rank, cfg.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cfg.steps = dict(ddpm=T, ddim=50)[cfg.sampler] if cfg.steps is None else cfg.steps
     counts = "n steps batch_size save_every log_every warmup ema dim lr".split()
     for wrong, message in [
         *((getattr(cfg, k) <= 0, f"--{k.replace('_', '-')} {getattr(cfg, k)}: must be above 0") for k in counts),
