@@ -216,7 +216,7 @@ def train(cfg, state):
             leaving = total(torch.tensor(len(stop), device=cfg.device)).item() > 0
         saving = leaving or step == cfg.max_steps or step % cfg.save_every == 0
         reporting = step % cfg.log_every == 0 or step == first + 10
-        if saving or reporting:  # only here does the host wait for the device
+        if saving or reporting:  # not at every step, for here the host waits for the device
             values = total(torch.stack(recent)) / cfg.world
             loss, grad_norm = values.mean(dim=0).tolist()
             if False in (fine := values.isfinite().all(dim=1).tolist()):

@@ -497,7 +497,7 @@ dist.destroy_process_group()
     assert (tmp_path / "data").read_text() == "0"
 
 
-def test_full_disk(cli, script, capsys):
+def test_full_disk(cli, script):
     """A limit on the size of a file stands in for it: the write fails midway."""
     resource = pytest.importorskip("resource")
     cli.train("run", 2)
