@@ -170,22 +170,28 @@ def _read_torchvision(name, data_dir):
     return *sets, data.classes
 
 
-def _read_folder(root, size, channels):
+def read_image(path, size, channels):
+    """uint8 (channels, size, size) of any image file, cropped and scaled. Raises ValueError if it cannot be read."""
     from PIL import Image, ImageOps
-    from torchvision.datasets import ImageFolder
     from torchvision.transforms.functional import pil_to_tensor
+
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)  # photographs lie on their side and say so
+            image = image.point(lambda v: v / 256) if image.mode.startswith("I") else image  # 16 bits
+            image = image.convert("L" if channels == 1 else "RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} is not an image that can be read ({error})") from error
+    return pil_to_tensor(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
+
+
+def _read_folder(root, size, channels):
+    from torchvision.datasets import ImageFolder
 
     folder = ImageFolder(root)  # its FileNotFoundError names what is missing
     images = torch.empty(len(folder), channels, size, size, dtype=torch.uint8)
     for i, (path, _) in enumerate(folder.samples):
-        try:
-            with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image)  # photographs lie on their side and say so
-                image = image.point(lambda v: v / 256) if image.mode.startswith("I") else image  # 16 bits
-                image = image.convert("L" if channels == 1 else "RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"{path} is not an image that can be read ({error})") from error
-        images[i] = pil_to_tensor(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
+        images[i] = read_image(path, size, channels)
     return images, torch.tensor(folder.targets), folder.classes
 
 

@@ -8,14 +8,7 @@ to tell, from the mixture and the time, the noise in it. Then start from noise a
     torchrun --standalone --nproc_per_node=8 ddpm_unet_mnist.py  # the same on eight GPUs
 """
 
-import argparse
-import contextlib
-import copy
-import math
-import os
-import signal
-import sys
-import time
+import argparse, contextlib, copy, math, os, signal, sys, time
 from pathlib import Path
 
 import torch
@@ -31,17 +24,14 @@ NAME, T, CHANNELS, SIZE = Path(__file__).stem, 1000, 1, 28
 def norm(channels):  # 16 channels fill a vector register: smaller groups take a CPU six times as long in channels_last
     return nn.GroupNorm(channels // 16, channels)
 
-
 def zero(layer):  # as a block's last layer: the block starts as the identity, and a deep stack of them learns at once
     nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
     return layer
-
 
 def timestep_embedding(t, dim):
     """int64 (B,) -> (B, dim): sines and cosines at dim / 2 frequencies from 1 to 1/10000 (Vaswani et al. 2017, 3.5)."""
     angles = t[:, None] * torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     return torch.cat([angles.sin(), angles.cos()], dim=1)
-
 
 class Attention(nn.Module):
     def __init__(self, dim, head_dim=32):
@@ -56,10 +46,8 @@ class Attention(nn.Module):
             tokens = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n d -> b n (heads d)")
         return x + rearrange(self.out(tokens), "b (h w) c -> b c h w", h=x.shape[2])
 
-
 class Block(nn.Module):
     """Norm, SiLU, convolution, twice, with the time added in between and a shortcut around; then perhaps attention."""
-
     def __init__(self, dim_in, dim, dim_time, attention=False):
         super().__init__()
         self.norm1, self.conv1 = norm(dim_in), nn.Conv2d(dim_in, dim, 3, padding=1)
@@ -72,12 +60,10 @@ class Block(nn.Module):
         h = self.conv1(F.silu(self.norm1(x))) + self.time(time)[:, :, None, None]
         return self.attention(self.shortcut(x) + self.conv2(F.silu(self.norm2(h))))
 
-
 class UNet(nn.Module):
     """x float (B, channels, H, W) in [-1, 1], t int64 (B,) in 0 .. T - 1 -> the noise in x_t, float32, of x's shape.
     y is ignored, there for all networks to be called alike. H and W divide by 2 ** (len(mults) - 1). dim: channels at
     full resolution, a multiple of 16; mults: each level's, in dims. The last level, of 7 x 7 pixels, has attention."""
-
     def __init__(self, channels=CHANNELS, dim=64, mults=(1, 2, 2)):
         super().__init__()
         self.dim, dim_time = dim, 4 * dim
@@ -105,22 +91,18 @@ class UNet(nn.Module):
             h = self.grow[i - 1](F.interpolate(h, scale_factor=2.0)) if i else h
         return self.head(h).float()
 
-
 # ---- The samplers. They know of no network: denoise(x_t, t) gives an estimate of the clean image, x0_hat
 def denoiser(model, alphas_cumprod):
     """denoise(x_t, t) -> x0_hat in [-1, 1], for a model(x_t, t) that predicts the noise (Ho et al. 2020, eq. 15)."""
     def denoise(x_t, t):  # float (B, C, H, W), int64 (B,)
         alpha_bar = alphas_cumprod[t][:, None, None, None]
         return ((x_t - (1 - alpha_bar).sqrt() * model(x_t, t)) / alpha_bar.sqrt()).clamp(-1, 1)
-
     return denoise
-
 
 def timestep_pairs(T, steps):
     """[(t, t_next), ..]: equal strides from T - 1 to -1, the clean image (Lin et al. 2023, 2305.08891, table 2)."""
     ts = [round(T * i / steps) - 1 for i in range(steps, -1, -1)]
     return list(zip(ts, ts[1:]))
-
 
 def ddpm_sample(denoise, x, alphas_cumprod, steps=1000, variance="small", randn=torch.randn_like):
     """Ancestral sampling (Ho et al. 2020, algorithm 2): draw each x_{t_next} from q(x_{t_next} | x_t, x0_hat).
@@ -138,7 +120,6 @@ def ddpm_sample(denoise, x, alphas_cumprod, steps=1000, variance="small", randn=
             x = x + math.sqrt(beta if variance == "large" else left * beta) * randn(x)
     return x
 
-
 def ddim_sample(denoise, x, alphas_cumprod, steps=50, eta=0.0, randn=torch.randn_like):
     """Denoising diffusion implicit models (Song et al. 2020, 2010.02502, eq. 12): move towards x0_hat, up to t_next.
     The rest is as in ddpm_sample. With eta = 0 no noise is drawn and an ODE is solved; eta = 1 is ddpm_sample."""
@@ -147,12 +128,11 @@ def ddim_sample(denoise, x, alphas_cumprod, steps=50, eta=0.0, randn=torch.randn
         a, a_next = alpha_bar[t], alpha_bar[t_next]
         x0 = denoise(x, torch.full((len(x),), t, device=x.device))
         eps = (x - math.sqrt(a) * x0) / math.sqrt(1 - a)
-        sigma = eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))  # eq. 16
+        sigma = eta * math.sqrt(max((1 - a_next) / (1 - a) * (1 - a / a_next), 0))  # eq. 16
         x = math.sqrt(a_next) * x0 + math.sqrt(1 - a_next - sigma**2) * eps
         if sigma > 0:
             x = x + sigma * randn(x)
     return x
-
 
 def train(cfg, state):
     """Ho et al. 2020, algorithm 1. Returns the network of averaged weights, or None if a signal ends the run early.
@@ -165,29 +145,26 @@ def train(cfg, state):
     averages, weights = list(ema.parameters()), [w.detach() for w in model.parameters()]
     optimizer = torch.optim.Adam(model.parameters(), fused=cfg.device.type != "mps")
     parts, first = dict(model=model, ema=ema, optimizer=optimizer), state["step"] if state else 0
-    path, log = Path(cfg.run_dir, "ckpt.pt"), Path(cfg.run_dir, "log.csv")
+    path = Path(cfg.run_dir, "ckpt.pt")
     with blame(f"--resume: {path} does not fit"):
         [part.load_state_dict(state[name]) for name, part in parts.items() if state]
     with blame(f"--data-dir {cfg.data_dir}"):
         train_set, test_set, _ = load_data("MNIST", cfg.data_dir, SIZE, cfg.device)
 
     def save(step):
-        config = dict(script=NAME) | {name: getattr(cfg, name) for name in SAVED}
+        more = dict(script=NAME) | {name: getattr(cfg, name) for name in SAVED}
+        more = dict(step=step, log=rows, seconds=seconds, config=more)
         with blame(f"{path} cannot be written (disk full?), and what was there still is"):
-            torch.save({k: p.state_dict() for k, p in parts.items()} | dict(step=step, config=config), f"{path}.tmp")
+            torch.save({k: p.state_dict() for k, p in parts.items()} | more, f"{path}.tmp")
             os.replace(f"{path}.tmp", path)  # so that no kill leaves a torn file
-    seconds, say = 0.0, print if cfg.rank == 0 else lambda *_, **__: None
+    rows = state["log"] if state else ["step,images,loss,val_loss,lr,grad_norm,images_per_s,seconds"]
+    seconds = state["seconds"] if state else 0.0
+    say = print if cfg.rank == 0 else lambda *_, **__: None
     say(f"{cfg.device.type} x {cfg.world}, {cfg.dtype}, {sum(w.numel() for w in weights) / 1e6:.2f} M parameters")
     say(f"{cfg.data_dir}: {len(train_set[0])} images; {cfg.run_dir}: from step {first} to {cfg.max_steps}", flush=True)
-    if cfg.rank == 0:
-        with blame(f"--run-dir {cfg.run_dir}"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            rows = log.read_text().splitlines() if log.exists() else []
-            rows = [r for r in rows[1:] if r.count(",") == 7 and int(r.split(",")[0]) <= first]  # the others come again
-            seconds = float(rows[-1].split(",")[7]) if rows else 0.0
-            rows = ["step,images,loss,val_loss,lr,grad_norm,images_per_s,seconds", *rows, ""]
-            path.with_name("tmp").write_text("\n".join(rows)), os.replace(path.with_name("tmp"), log)
-        state or save(0)
+    with blame(f"--run-dir {cfg.run_dir}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    save(0) if cfg.rank == 0 and not state else None
     alphas_cumprod = alpha_bar(linear_betas(T)).to(cfg.device)
     net = torch.compile(model) if cfg.compile else model
     net = nn.parallel.DistributedDataParallel(net) if cfg.world > 1 else net
@@ -228,17 +205,16 @@ def train(cfg, state):
             pace, seconds, tick, ticked, recent = images / elapsed, seconds + elapsed, tick + elapsed, step, []
             left = f"{pace:.0f} images/s  {(cfg.max_steps - step) * cfg.batch_size / pace / 60:.1f} min left"
             say(f"step {step}  loss {loss:.4f}  validation {val_loss}  {left}", flush=True)
-            with blame(f"--run-dir {cfg.run_dir}"), open(log if cfg.rank == 0 else os.devnull, "a") as file:
-                print(f"{step},{seen},{loss:.5f},{val_loss},{lr:g},{grad_norm:.3f},{pace:.0f},{seconds:.0f}", file=file)
-        if saving and cfg.rank == 0:
-            save(step)  # after the row, for --resume cuts off one too many, but could not add one too few
+            rows.append(f"{step},{seen},{loss:.5f},{val_loss},{lr:g},{grad_norm:.3f},{pace:.0f},{seconds:.0f}")
+            with blame(f"--run-dir {cfg.run_dir}"):
+                Path(cfg.run_dir, "log.csv").write_text("\n".join([*rows, ""])) if cfg.rank == 0 else None
+        save(step) if saving and cfg.rank == 0 else None
         if leaving:
             return say(f"stopped after step {step}; --resume continues", flush=True)
         if cfg.sample_every and step % cfg.sample_every == 0:
             write(ema, cfg, f"{cfg.run_dir}/samples-{step:07d}.png", min(cfg.n, 64))
     [signal.signal(number, handler) for number, handler in old.items()]  # from here on, they may end the drawing
     return ema
-
 
 @torch.no_grad()
 def draw(model, cfg, index, looks=1):
@@ -255,7 +231,6 @@ def draw(model, cfg, index, looks=1):
         frames.append(x := sampler(denoise, x, alphas_cumprod, part, randn=lambda _: next(noise), **more))
     return torch.stack(frames)
 
-
 def save_picture(frames, path):
     """float (looks, N, C, H, W) -> a grid of N images, as square as N allows, that moves if there are several looks."""
     from PIL import Image
@@ -270,7 +245,6 @@ def save_picture(frames, path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         first.save(f"{path}.tmp", Path(path).suffix[1:], **more)
         os.replace(f"{path}.tmp", path)
-
 
 def write(model, cfg, out, n):
     """Draw n images, each process its share: out x.png is a grid, x.gif the way to it, x/ a file per image."""
@@ -294,15 +268,12 @@ def write(model, cfg, out, n):
         save_picture(torch.cat(drawn, dim=1), out) if drawn else None
         print(out, "(what was there before is kept)" if folder else "", flush=True)
 
-
 # ---- The command line. What is SAVED in a checkpoint is what --resume takes from there, where no flag says otherwise
 SAVED = "data_dir batch_size max_steps lr warmup ema save_every sample_every log_every dim seed dtype".split()
-
 
 def die(message):  # for what the user can put right: one line, exit code 2, no traceback
     print(f"{NAME}.py: {' '.join(message.split())[:300]}", file=sys.stderr)
     sys.exit(2)
-
 
 @contextlib.contextmanager
 def blame(what):
@@ -311,18 +282,9 @@ def blame(what):
     except Exception as error:
         die(f"{what}: {str(error).split('. ')[0] or type(error).__name__}")
 
-
-def load_checkpoint(path):
-    with blame(f"{path} is not a checkpoint of {NAME}; --ckpt names another"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        assert state["config"]["script"] == NAME, f"it is one of {state['config']['script']}"
-        return state
-
-
 def parse(**defaults):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.error = lambda message: die(f"{message} (see --help)")
-    flag = p.add_argument
+    p.error, flag = lambda message: die(f"{message} (see --help)"), p.add_argument
     flag("--sample-only", action="store_true", help="draw and exit; without it, train and then draw")
     flag("--ckpt", metavar="PATH", help=f"weights to draw from (the run's, else checkpoints/{NAME}.pt)")
     flag("--sampler", choices=["ddpm", "ddim"], default="ddpm", help="(%(default)s)")
@@ -351,6 +313,7 @@ def parse(**defaults):
     counts = "n steps batch_size save_every log_every warmup ema dim lr".split()
     for wrong, message in [
         *((getattr(cfg, k) <= 0, f"--{k.replace('_', '-')} {getattr(cfg, k)}: must be above 0") for k in counts),
+        (cfg.batch_size % cfg.world and not cfg.sample_only, f"--batch-size {cfg.batch_size}: not for {cfg.world}"),
         (cfg.steps > T, f"--steps {cfg.steps}: there are {T}"),
         (not 0 <= cfg.eta <= 1, f"--eta {cfg.eta}: must be from 0 to 1"),
         (cfg.dim % 16, f"--dim {cfg.dim}: must be a multiple of 16"),
@@ -359,7 +322,6 @@ def parse(**defaults):
         die(message) if wrong else None
     return cfg
 
-
 def main():
     cfg = parse()
     ckpt, shipped = Path(cfg.run_dir, "ckpt.pt"), Path(__file__).with_name("checkpoints") / f"{NAME}.pt"
@@ -367,10 +329,10 @@ def main():
         ckpt = Path(cfg.ckpt or (ckpt if ckpt.exists() else shipped))
     elif ckpt.exists() and not cfg.resume:
         die(f"--run-dir {cfg.run_dir} holds a run: continue it with --resume, or name another folder")
-    state = load_checkpoint(ckpt) if cfg.sample_only or ckpt.exists() else None
+    with blame(f"{ckpt} is not a checkpoint of {NAME}; --ckpt names another"):
+        state = torch.load(ckpt, map_location="cpu", weights_only=True) if cfg.sample_only or ckpt.exists() else None
+        assert not state or state["config"]["script"] == NAME, f"it is one of {state['config']['script']}"
     cfg = parse(**state["config"]) if state and not cfg.sample_only else cfg
-    if not cfg.sample_only and cfg.batch_size % cfg.world:
-        die(f"--batch-size {cfg.batch_size}: must divide by the {cfg.world} processes")
     found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     with blame(f"--device {cfg.device or found}"):
         if cuda := (cfg.device or found).startswith("cuda"):
@@ -381,8 +343,8 @@ def main():
     cfg.dtype = cfg.dtype or ("bfloat16" if bf16 else "float32")
     half = cfg.dtype == "bfloat16"  # where it is off, its device does not matter, and old versions know no mps
     cfg.autocast = torch.autocast(cfg.device.type if half else "cpu", torch.bfloat16, enabled=half)
-    if cfg.compile is None:  # it needs Triton, which knows neither Windows nor older chips
-        cfg.compile = chip >= (7, 0) and os.name != "nt" and not cfg.sample_only
+    triton = chip >= (7, 0) and os.name != "nt"  # torch.compile needs it; it knows neither Windows nor older chips
+    cfg.compile = triton and not cfg.sample_only if cfg.compile is None else cfg.compile
     if cfg.world > 1:
         dist.init_process_group("nccl" if cuda and dist.is_nccl_available() else "gloo")
     if cfg.sample_only:
@@ -394,7 +356,6 @@ def main():
     elif model := train(cfg, state):
         write(model, cfg, cfg.out or f"{cfg.run_dir}/samples.png", cfg.n)
     dist.destroy_process_group() if cfg.world > 1 else None
-
 
 if __name__ == "__main__":
     main()
