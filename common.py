@@ -14,22 +14,18 @@ import torch.distributed as dist
 # ----------------------------------------------------------------------------------------------------------------------
 # Schedules
 
-
 def linear_betas(T=1000, beta_start=1e-4, beta_end=0.02):
     """Betas (T,), float64, evenly spaced from beta_start to beta_end (Ho et al. 2020, section 4)."""
     return torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
-
 
 def cosine_betas(T=1000, s=0.008, max_beta=0.999):
     """Betas (T,), float64, alpha-bar falling like a squared cosine (Nichol & Dhariwal 2021, 2102.09672, eq. 17)."""
     f = [math.cos((t / T + s) / (1 + s) * math.pi / 2) ** 2 for t in range(T + 1)]
     return torch.tensor([min(1 - f[t + 1] / f[t], max_beta) for t in range(T)], dtype=torch.float64)
 
-
 def alpha_bar(betas):
     """alphas_cumprod (T,), float32, from betas (T,). The product of a thousand factors is taken in float64."""
     return (1 - betas.double().cpu()).cumprod(0).float()
-
 
 def timestep_pairs(T, steps, spacing="trailing"):
     """The walk of a sampler: a list of `steps` pairs (t, t_next), from T - 1 to t_next = -1.
@@ -52,57 +48,46 @@ def timestep_pairs(T, steps, spacing="trailing"):
     ts.append(-1)
     return list(zip(ts, ts[1:]))
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The Gaussians. x_t, x0, eps and v are float (B, C, H, W), t is int64 (B,), and everything stays float32.
-
 
 def _alpha_bar(alphas_cumprod, t):
     """alpha-bar_t, (B, 1, 1, 1); t = -1 is the clean image."""
     return torch.where(t < 0, 1.0, alphas_cumprod.to(t.device)[t])[:, None, None, None]
 
-
 def _coefficients(alphas_cumprod, t):
     a = _alpha_bar(alphas_cumprod, t)
     return a.sqrt(), (1 - a).sqrt()
-
 
 def q_sample(x0, t, noise, alphas_cumprod):
     """x_t ~ q(x_t | x_0), given the noise (Ho et al. 2020, eq. 4)."""
     a, s = _coefficients(alphas_cumprod, t)
     return a * x0 + s * noise
 
-
 def eps_to_x0(x_t, t, eps, alphas_cumprod):
     a, s = _coefficients(alphas_cumprod, t)
     return (x_t - s * eps) / a
 
-
 def x0_to_eps(x_t, t, x0, alphas_cumprod):
     a, s = _coefficients(alphas_cumprod, t)
     return (x_t - a * x0) / s
-
 
 def v_to_x0(x_t, t, v, alphas_cumprod):
     """v = sqrt(alpha-bar) eps - sqrt(1 - alpha-bar) x0 (Salimans & Ho 2022, 2202.00512, appendix D)."""
     a, s = _coefficients(alphas_cumprod, t)
     return a * x_t - s * v
 
-
 def v_to_eps(x_t, t, v, alphas_cumprod):
     a, s = _coefficients(alphas_cumprod, t)
     return s * x_t + a * v
-
 
 def eps_to_v(x_t, t, eps, alphas_cumprod):
     a, s = _coefficients(alphas_cumprod, t)
     return (eps - s * x_t) / a
 
-
 def x0_to_v(x_t, t, x0, alphas_cumprod):
     a, s = _coefficients(alphas_cumprod, t)
     return (a * x_t - x0) / s
-
 
 def posterior(x0, x_t, t, alphas_cumprod, t_next=None):
     """Mean (B, C, H, W) and variance (B, 1, 1, 1) of q(x_{t_next} | x_t, x_0) (Ho et al. 2020, eq. 6 and 7).
@@ -113,21 +98,17 @@ def posterior(x0, x_t, t, alphas_cumprod, t_next=None):
     beta, left = (a_next - a) / a_next, (1 - a_next) / (1 - a)
     return a_next.sqrt() * beta / (1 - a) * x0 + (1 - beta).sqrt() * left * x_t, left * beta
 
-
 def snr(alphas_cumprod):
     """Signal-to-noise ratio (T,)."""
     return alphas_cumprod / (1 - alphas_cumprod)
-
 
 def min_snr_weights(alphas_cumprod, target="eps", gamma=5.0):
     """Loss weights (T,) which all say "x0 error times min(SNR, gamma)" (Hang et al. 2023, 2303.09556, section 3.4)."""
     r = snr(alphas_cumprod)
     return r.clamp(max=gamma) / {"eps": r, "x0": torch.ones_like(r), "v": r + 1}[target]
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Data: a data set is a uint8 tensor (N, C, H, W) and int64 labels (N,), both on the training device. No workers.
-
 
 def load_data(name, data_dir, size, device="cpu"):
     """(images, labels) of the training set, the same of the test set or None, and the class names.
@@ -154,7 +135,6 @@ def load_data(name, data_dir, size, device="cpu"):
     test_set = tuple(part.to(device) for part in test_set) if test_set != [None] else None
     return train_set, test_set, classes
 
-
 def _read_torchvision(name, data_dir):
     from torchvision import datasets  # a second of import, so only where data are read
 
@@ -168,7 +148,6 @@ def _read_torchvision(name, data_dir):
         images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
         sets.append((images, torch.as_tensor(data.targets)))
     return *sets, data.classes
-
 
 def read_image(path, size, channels):
     """uint8 (channels, size, size) of any image file, cropped and scaled. Raises ValueError if it cannot be read."""
@@ -184,7 +163,6 @@ def read_image(path, size, channels):
         raise ValueError(f"{path} is not an image that can be read ({error})") from error
     return pil_to_tensor(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
 
-
 def _read_folder(root, size, channels):
     from torchvision.datasets import ImageFolder
 
@@ -194,16 +172,13 @@ def _read_folder(root, size, channels):
         images[i] = read_image(path, size, channels)
     return images, torch.tensor(folder.targets), folder.classes
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Randomness: everything is drawn by a generator made for it from two numbers, so no random state is ever saved.
-
 
 def generator(seed, n, device="cpu"):
     """The torch.Generator of the n-th draw under `seed`."""
     # A CPU's Mersenne Twister reads 32 bits of its seed. The golden ratio puts our seeds 0, 1, 2, .. far apart in them.
     return torch.Generator(device).manual_seed((seed * 2654435769 + n) % 2**32)
-
 
 def batch(images, labels, T, batch_size, seed, step, flip=False, rank=0, world=1):
     """All that is random in training step `step`: x0 (B, C, H, W) in [-1, 1], y (B,), t (B,), noise, u (B,) in [0, 1).
@@ -222,7 +197,6 @@ def batch(images, labels, T, batch_size, seed, step, flip=False, rank=0, world=1
     if flip:
         x0 = torch.where(mirror[mine, None, None, None] < 0.5, x0.flip(-1), x0)
     return x0, labels[index[mine]], t[mine], noise[mine], u[mine]
-
 
 def noises(seed, index, shape, device="cpu"):
     """Yields noise (len(index), *shape) for ever: row k is a function of (seed, index[k]), whatever is beside it."""

@@ -328,7 +328,8 @@ def test_a_network_that_was_trained_listens(cli_of):
     net.load_state_dict(checkpoint("run")["model"])
     x, t = torch.randn(1, 1, 28, 28), torch.tensor([700])
     draw = lambda prompt: net(x, t, torch.tensor([ddim.tokenize(prompt)]))
-    assert torch.equal(net(x, t), draw("")) and len({draw(p).sum().item() for p in ("", "7", "8", "thick 7", "7 thick")}) == 5
+    assert torch.equal(net(x, t), draw(""))
+    assert len({draw(p).sum().item() for p in ("", "7", "8", "thick 7", "7 thick")}) == 5
     draw("thick 7").square().sum().backward()
     for block in [*net.down[1:], *net.up[1:], net.middle[0]]:
         assert block.attention.q.weight.grad.any() and block.attention.kv.weight.grad.any()
@@ -364,7 +365,7 @@ def test_inversion_returns():
         noise = ddim.ddim_sample(gaussian(a), x0, a, [(max(t_next, 0), t) for t, t_next in reversed(pairs)])
         errors.append((ddim.ddim_sample(gaussian(a), noise, a, pairs) - x0).abs().max().item())
         assert (noise - (x0 - MEAN) / STD).abs().max() < 5 / steps  # the exact code: the ODE keeps the quantiles
-    assert errors[0] < 0.1 and errors[1] < 0.7 * errors[0] and errors[2] < 0.7 * errors[1], errors
+    assert errors[0] < 0.2 and errors[1] < 0.55 * errors[0] and errors[2] < 0.55 * errors[1], errors
 
 def test_prompts_from_the_command_line(cli_of, capsys):
     cli = cli_of(ddim)
