@@ -1,4 +1,4 @@
-"""A prompt in, a digit out: Stable Diffusion in miniature, on MNIST, all of it in this file.
+"""A prompt in, a digit out: Stable Diffusion in miniature, in the pixels of MNIST, all of it in this file.
 
 A UNet learns to take noise away, as in ddpm_unet_mnist.py, while it reads a caption (Rombach et al. 2022, 2112.10752).
 Guidance makes it mind the caption (Ho & Salimans 2022, 2207.12598). DDIM takes few steps and adds no noise, so that an
@@ -22,11 +22,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 NAME, T, CHANNELS, SIZE = Path(__file__).stem, 1000, 1, 28
 
 # ---- The prompt: a caption that is read off the image, as a row of tokens, one for each word. There is no text encoder
-WORDS, LENGTH = " a thick thin leaning left right".split(" "), 5  # token 0 is "", which fills up the row
+WORDS, LENGTH = " a thick thin leaning left right".split(" "), 5  # tokens 0 .. 6; 0 is "", which fills up the row
 WORDS += "0 zero 1 one 2 two 3 three 4 four 5 five 6 six 7 seven 8 eight 9 nine".split()  # class k: 7 + 2k and 8 + 2k
 
 def tokenize(prompt):
-    """"thin 3" -> its tokens, a list of LENGTH. Raises ValueError for a word that is not known, and for too many."""
+    """A prompt, say "thin 3" -> its LENGTH tokens, a list. Raises ValueError for words not known, and for too many."""
     said = ["a" if word == "an" else word for word in prompt.lower().split()]
     if unknown := [word for word in said if word not in WORDS]:
         raise ValueError(f"{unknown[0]!r} is not known; these are:{' '.join(WORDS)}")
@@ -36,7 +36,6 @@ def tokenize(prompt):
 
 def captions(x0, y, u):
     """Images (B, C, H, W) in [-1, 1], their classes (B,), random u (B,) in [0, 1) -> tokens, int64 (B, LENGTH).
-
     "a thick seven leaning left", "3", "thin two": how thick a stroke is and how it leans is measured. u is all the
     chance there is: it leaves out parts, and below 0.1 the whole caption, so that guidance knows what "" draws."""
     ink = x0.mean(dim=1) / 2 + 0.5  # (B, H, W)
@@ -45,7 +44,7 @@ def captions(x0, y, u):
     mean = lambda z: (ink * z).sum(dim=(1, 2)) / ink.sum(dim=(1, 2))
     down, right = torch.meshgrid(*(torch.arange(n, device=x0.device) for n in ink.shape[1:]), indexing="ij")
     slant = (mean(down) * mean(right) - mean(down * right)) / (mean(down**2) - mean(down) ** 2)  # right, if above 0
-    coin = lambda k: (u * 2**24).long() >> k & 1  # the last bits of u are as good as coins
+    coin = lambda k: (u * 2 ** (20 - k)).long() % 2  # bits of u too low to say whether it is below 0.1
     thickness = 2 * (width > 2.6) + 3 * (width < 2.1)  # a third of MNIST each
     lean = 5 * (slant < -0.1) + 6 * (slant > 0.1)
     digit, leaning = coin(0) | coin(1), coin(2) * (lean > 0)  # whether they are mentioned
@@ -53,7 +52,7 @@ def captions(x0, y, u):
     parts = torch.stack(parts, dim=1) * (u >= 0.1)[:, None]
     return parts.gather(1, (parts == 0).int().argsort(dim=1, stable=True))  # closes the gaps
 
-# ---- The network: the UNet of ddpm_unet_mnist.py, whose lower levels read the prompt as well
+# ---- The network: the UNet of ddpm_unet_mnist.py, whose attention is to the prompt instead, at the two lower sizes
 def norm(channels):  # 16 channels fill a vector register: smaller groups take a CPU six times as long in channels_last
     return nn.GroupNorm(channels // 16, channels)
 
@@ -74,7 +73,7 @@ class CrossAttention(nn.Module):
         self.q, self.kv, self.out = nn.Linear(dim, dim), nn.Linear(dim_text, 2 * dim), zero(nn.Linear(dim, dim))
 
     def forward(self, x, text):  # (B, C, H, W), (B, LENGTH, dim_text)
-        q = rearrange(self.q(rearrange(self.norm(x), "b c h w -> b (h w) c")), "b n (m d) -> b m n d", m=self.heads)
+        q = rearrange(self.q(self.norm(x).flatten(2).mT), "b n (heads d) -> b heads n d", heads=self.heads)
         k, v = rearrange(self.kv(text), "b n (kv heads d) -> kv b heads n d", kv=2, heads=self.heads)
         with sdpa_kernel(SDPBackend.MATH) if x.is_cpu else contextlib.nullcontext():  # a CPU is slow at fused gradients
             heard = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n d -> b n (heads d)")
@@ -96,8 +95,8 @@ class Block(nn.Module):
         return self.attention(h, text) if self.attention else h
 
 class UNet(nn.Module):
-    """x float (B, channels, H, W) in [-1, 1], t int64 (B,) in 0 .. T - 1, y tokens int64 (B, LENGTH), of "" if there
-    are none -> v, float32, of x's shape. H and W divide by 2 ** (len(mults) - 1). dim: channels at full resolution, a
+    """x float (B, channels, H, W) in [-1, 1], t int64 (B,) in 0 .. T - 1, y tokens int64 (B, LENGTH), by default of
+    "" -> v, float32, of x's shape. H and W divide by 2 ** (len(mults) - 1). dim: channels at full resolution, a
     multiple of 16; mults: each level's, in dims. All levels but the first (14 x 14, 7 x 7 pixels) read the prompt."""
     def __init__(self, channels=CHANNELS, dim=48, mults=(1, 2, 2)):
         super().__init__()
@@ -131,8 +130,8 @@ class UNet(nn.Module):
 # ---- The samplers. They know of no network: denoise(x_t, t) gives an estimate of the clean image, x0_hat
 def denoiser(model, alphas_cumprod, y=None, guidance=1.0):
     """denoise(x_t, t) -> x0_hat in [-1, 1], for a model(x_t, t, y) that predicts v (Salimans & Ho 2022, 2202.00512).
-
-    y: tokens (B, LENGTH); guidance: 1 is the model as it is, more takes it further from "" (Ho & Salimans' 1 + w)."""
+    y: tokens (B, LENGTH), which guidance needs. Guidance 1 leaves v as it is, more moves it away from that of ""; it is
+    1 + w in Ho & Salimans 2022, eq. 6."""
     def denoise(x_t, t):  # float (B, C, H, W), int64 (B,)
         alpha_bar = alphas_cumprod[t][:, None, None, None]
         if guidance == 1:
@@ -150,7 +149,6 @@ def timestep_pairs(T, steps):
 
 def ddpm_sample(denoise, x, alphas_cumprod, steps=1000, variance="small", randn=torch.randn_like):
     """Ancestral sampling (Ho et al. 2020, algorithm 2): draw each x_{t_next} from q(x_{t_next} | x_t, x0_hat).
-
     denoise: (float (B, C, H, W), int64 (B,)) -> float (B, C, H, W); x: noise (B, C, H, W); alphas_cumprod: float (T,);
     steps: how many, at most T, or a list of (t, t_next); variance: "small" (beta-tilde) is the posterior's, "large"
     (beta) best where the data are white noise (section 3.2); randn: x -> noise like x. Returns (B, C, H, W)."""
@@ -265,13 +263,13 @@ def train(cfg, state):
 @torch.no_grad()
 def draw(model, cfg, index, looks=1):
     """float (looks, len(index), C, H, W): looks at equal distances on the way from noise, the last one at the images.
-    Image k is a function of (cfg.seed, index[k]) and its prompt alone, whatever else is drawn with it."""
+    Image k is a function of (cfg.seed, index[k]) and its prompt alone (or place in the row, if cfg.interpolate)."""
     from common import alpha_bar, cosine_betas, noises
     noise = noises(cfg.seed, index, (CHANNELS, SIZE, SIZE), cfg.device)
     alphas_cumprod = alpha_bar(cosine_betas(T)).to(cfg.device)
     y = torch.tensor([cfg.tokens[i % len(cfg.tokens)] for i in index], device=cfg.device)
-    x = between(cfg, index) if cfg.interpolate else next(noise)
-    denoise, frames = cfg.autocast(denoiser(model, alphas_cumprod, y, cfg.guidance)), []
+    denoise, x, frames = cfg.autocast(denoiser(model, alphas_cumprod, y, cfg.guidance)), next(noise), []
+    x = slerp_noise(cfg, index) if cfg.interpolate else x
     sampler, more = (ddim_sample, dict(eta=cfg.eta)) if cfg.sampler == "ddim" else (ddpm_sample, {})
     pairs = timestep_pairs(T, cfg.steps)
     for i in range(looks):
@@ -279,15 +277,15 @@ def draw(model, cfg, index, looks=1):
         frames.append(x := sampler(denoise, x, alphas_cumprod, part, randn=lambda _: next(noise), **more))
     return torch.stack(frames)
 
-def between(cfg, index):
+def slerp_noise(cfg, index):
     """The noise of --interpolate: row r goes from noise 2r to 2r + 1 by slerp (Song et al. 2020, appendix D.5)."""
     from common import noises
     rows, columns = len(cfg.tokens), math.ceil(cfg.n / len(cfg.tokens))
     noise = lambda end: next(noises(cfg.seed, [i % rows * 2 + end for i in index], (CHANNELS, SIZE, SIZE), cfg.device))
     ends = torch.stack([noise(0), noise(1)])  # (2, B, C, H, W)
     angle = F.cosine_similarity(*ends.flatten(2), dim=1).acos()
-    share = torch.tensor([i // rows / max(columns - 1, 1) for i in index], device=cfg.device)
-    return torch.einsum("eb, ebchw -> bchw", torch.stack([1 - share, share]).mul(angle).sin() / angle.sin(), ends)
+    way = torch.tensor([i // rows / max(columns - 1, 1) for i in index], device=cfg.device)  # 0 to 1
+    return torch.einsum("eb, ebchw -> bchw", torch.stack([1 - way, way]).mul(angle).sin() / angle.sin(), ends)
 
 @torch.no_grad()
 def invert(model, cfg, out):
@@ -298,12 +296,13 @@ def invert(model, cfg, out):
         image = read_image(cfg.invert, SIZE, CHANNELS)[None].to(cfg.device) / 127.5 - 1
     a, pairs = alpha_bar(cosine_betas(T)).to(cfg.device), timestep_pairs(T, cfg.steps)
     first, *others = torch.tensor(cfg.tokens, device=cfg.device)[:, None]
-    walk = lambda x, pairs, y, w: ddim_sample(cfg.autocast(denoiser(model, a, y, w)), x, a, pairs)
-    noise = walk(image, [(max(t_next, 0), t) for t, t_next in reversed(pairs)], first, 1)  # an image passes for x_0
+    walk = lambda x, pairs, y, scale: ddim_sample(cfg.autocast(denoiser(model, a, y, scale)), x, a, pairs)
+    back = [(max(t_next, 0), t) for t, t_next in reversed(pairs)]  # the image stands in for x at t = 0
+    noise = walk(image, back, first, 1)
     again = walk(noise, pairs, first, 1)
-    print(f"PSNR {-10 * (image - again).div(2).square().mean().log10().item():.1f} dB")
     redrawn = [walk(noise, pairs, y, cfg.guidance) for y in others]
     save_picture(torch.stack([image, noise, again, *redrawn], dim=1), out)
+    print(f"{out}: PSNR {-10 * (image - again).div(2).square().mean().log10().item():.1f} dB")
 
 def save_picture(frames, path, rows=1):
     """float (looks, N, C, H, W) -> a grid, image i in row i % rows, that moves if there are several looks."""
@@ -340,7 +339,7 @@ def write(model, cfg, out, n):
         dist.all_gather_object(shares := [None] * cfg.world, drawn)
         drawn = sum(shares, [])
     if cfg.rank == 0:
-        rows = len(cfg.tokens) if len(cfg.tokens) > 1 or cfg.interpolate else math.isqrt(n)
+        rows = min(n, len(cfg.tokens)) if len(cfg.tokens) > 1 or cfg.interpolate else round(math.sqrt(n))
         save_picture(torch.cat(drawn, dim=1), out, rows) if drawn else None
         print(out, "(what was there before is kept)" if folder else "", flush=True)
 
@@ -368,9 +367,9 @@ def parse(**defaults):
     flag("--eta", type=float, default=0.0, metavar="X", help="noise in ddim: 0 is none, 1 is ddpm (%(default)s)")
     flag("--prompt", action="append", metavar="TEXT", help='"a thick seven leaning left", a row each')
     flag("--classes", metavar="N,N", help="the same as prompts that name the class alone (all of them)")
-    flag("--guidance", type=float, default=2.0, metavar="X", help="1 is none, more minds the prompt more (%(default)s)")
-    flag("--interpolate", action="store_true", help="draw each row from noises on the way from one to another")
-    flag("--invert", metavar="IMAGE", help="find its noise, under the first prompt, and redraw that under all of them")
+    flag("--guidance", type=float, default=2.0, metavar="X", help="1 is none, more obeys the prompt more (%(default)s)")
+    flag("--interpolate", action="store_true", help="draw rows whose noise goes from one to another")
+    flag("--invert", metavar="IMAGE", help="find its noise, under the first prompt, and redraw it under all of them")
     flag("-n", "--n", type=int, default=80, metavar="N", help="images (%(default)s)")
     flag("--seed", type=int, default=0, metavar="N", help="of the images, or of the training (%(default)s)")
     flag("--out", metavar="PATH", help="x.png a grid, x.gif the way to it, x/ a PNG per image (samples.png)")
@@ -391,6 +390,7 @@ def parse(**defaults):
     flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (for training on cuda)")
     cfg = p.parse_args(namespace=argparse.Namespace(**defaults))
     cfg.rank, cfg.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cfg.sample_only |= cfg.interpolate or cfg.invert is not None
     counts = "n steps batch_size save_every log_every warmup ema dim lr".split()
     for wrong, message in [
         *((getattr(cfg, k) <= 0, f"--{k.replace('_', '-')} {getattr(cfg, k)}: must be above 0") for k in counts),
@@ -401,12 +401,12 @@ def parse(**defaults):
         (not (cfg.out or "/").endswith((".png", ".gif", "/")), f"--out {cfg.out}: must end in .png, .gif or /"),
     ]:
         die(message) if wrong else None
-    cfg.sample_only |= cfg.interpolate or bool(cfg.invert)
     digits = dict(zip(WORDS[7::2], WORDS[8::2]))  # {"0": "zero", ..}
-    classes = cfg.classes.split(",") if cfg.classes else [] if cfg.prompt or cfg.invert else list(digits)
+    classes = [] if cfg.prompt or cfg.invert is not None else list(digits)
+    classes = classes if cfg.classes is None else [k.strip() for k in cfg.classes.split(",")]
     asked = cfg.prompt or [""] * (not classes)
     with blame("--classes or --prompt"):
-        cfg.tokens = [tokenize(prompt) for prompt in [digits.get(k, k) for k in classes] + asked]
+        cfg.tokens = [tokenize(prompt) for prompt in [digits.get(k, repr(k)) for k in classes] + asked]
     cfg.labels = classes + ["-".join(prompt.split()) for prompt in asked]  # for the names of files
     return cfg
 
@@ -441,7 +441,7 @@ def main():
             model = UNet(dim=state["config"]["dim"]).to(cfg.device)
             model.load_state_dict(state["ema"])
         model, out = torch.compile(model) if cfg.compile else model, cfg.out or "samples.png"
-        write(model, cfg, out, cfg.n) if not cfg.invert else invert(model, cfg, out) if cfg.rank == 0 else None
+        write(model, cfg, out, cfg.n) if cfg.invert is None else invert(model, cfg, out) if cfg.rank == 0 else None
     elif model := train(cfg, state):
         write(model, cfg, cfg.out or f"{cfg.run_dir}/samples.png", cfg.n)
     dist.destroy_process_group() if cfg.world > 1 else None
