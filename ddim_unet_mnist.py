@@ -270,12 +270,10 @@ def draw(model, cfg, index, looks=1):
     y = torch.tensor([cfg.tokens[i % len(cfg.tokens)] for i in index], device=cfg.device)
     denoise, x, frames = cfg.autocast(denoiser(model, alphas_cumprod, y, cfg.guidance)), next(noise), []
     x = slerp_noise(cfg, index) if cfg.interpolate else x
+    watch = lambda x_t, t: looks > 1 and frames.append(x_t) or denoise(x_t, t)
     sampler, more = (ddim_sample, dict(eta=cfg.eta)) if cfg.sampler == "ddim" else (ddpm_sample, {})
-    pairs = timestep_pairs(T, cfg.steps)
-    for i in range(looks):
-        part = pairs[len(pairs) * i // looks : len(pairs) * (i + 1) // looks]
-        frames.append(x := sampler(denoise, x, alphas_cumprod, part, randn=lambda _: next(noise), **more))
-    return torch.stack(frames)
+    frames.append(sampler(watch, x, alphas_cumprod, cfg.steps, randn=lambda _: next(noise), **more))
+    return torch.stack([frames[(len(frames) - 1) * (i + 1) // looks] for i in range(looks)])
 
 def slerp_noise(cfg, index):
     """The noise of --interpolate: row r goes from noise 2r to 2r + 1 by slerp (Song et al. 2020, appendix D.5)."""
@@ -398,6 +396,7 @@ def parse(**defaults):
         (cfg.steps > T, f"--steps {cfg.steps}: there are {T}"),
         (not 0 <= cfg.eta <= 1, f"--eta {cfg.eta}: must be from 0 to 1"),
         (cfg.dim % 16, f"--dim {cfg.dim}: must be a multiple of 16"),
+        (cfg.invert is not None and not (cfg.out or ".png").endswith(".png"), f"--out {cfg.out}: --invert makes a .png"),
         (not (cfg.out or "/").endswith((".png", ".gif", "/")), f"--out {cfg.out}: must end in .png, .gif or /"),
     ]:
         die(message) if wrong else None

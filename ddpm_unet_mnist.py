@@ -223,12 +223,10 @@ def draw(model, cfg, index, looks=1):
     noise = noises(cfg.seed, index, (CHANNELS, SIZE, SIZE), cfg.device)
     alphas_cumprod = alpha_bar(linear_betas(T)).to(cfg.device)
     denoise, x, frames = cfg.autocast(denoiser(model, alphas_cumprod)), next(noise), []
+    watch = lambda x_t, t: looks > 1 and frames.append(x_t) or denoise(x_t, t)
     sampler, more = (ddim_sample, dict(eta=cfg.eta)) if cfg.sampler == "ddim" else (ddpm_sample, {})
-    pairs = timestep_pairs(T, cfg.steps)
-    for i in range(looks):
-        part = pairs[len(pairs) * i // looks : len(pairs) * (i + 1) // looks]
-        frames.append(x := sampler(denoise, x, alphas_cumprod, part, randn=lambda _: next(noise), **more))
-    return torch.stack(frames)
+    frames.append(sampler(watch, x, alphas_cumprod, cfg.steps, randn=lambda _: next(noise), **more))
+    return torch.stack([frames[(len(frames) - 1) * (i + 1) // looks] for i in range(looks)])
 
 def save_picture(frames, path):
     """float (looks, N, C, H, W) -> a grid of N images, as square as N allows, that moves if there are several looks."""
