@@ -396,7 +396,7 @@ def parse(**defaults):
         (cfg.steps > T, f"--steps {cfg.steps}: there are {T}"),
         (not 0 <= cfg.eta <= 1, f"--eta {cfg.eta}: must be from 0 to 1"),
         (cfg.dim % 16, f"--dim {cfg.dim}: must be a multiple of 16"),
-        (cfg.invert is not None and not (cfg.out or ".png").endswith(".png"), f"--out {cfg.out}: --invert makes a .png"),
+        (cfg.invert is not None and not (cfg.out or ".png").endswith(".png"), f"--out {cfg.out}: must end in .png"),
         (not (cfg.out or "/").endswith((".png", ".gif", "/")), f"--out {cfg.out}: must end in .png, .gif or /"),
     ]:
         die(message) if wrong else None
