@@ -342,13 +342,12 @@ def main():
     cfg.autocast = torch.autocast(cfg.device.type if half else "cpu", torch.bfloat16, enabled=half)
     triton = chip >= (7, 0) and os.name != "nt"  # torch.compile needs it; it knows neither Windows nor older chips
     cfg.compile = triton and not cfg.sample_only if cfg.compile is None else cfg.compile
-    if cfg.world > 1:
-        dist.init_process_group("nccl" if cuda and dist.is_nccl_available() else "gloo")
+    dist.init_process_group("nccl" if cuda and dist.is_nccl_available() else "gloo") if cfg.world > 1 else None
     if cfg.sample_only:
-        print(f"{ckpt}: step {state['step']}") if cfg.rank == 0 else None
         with blame(f"{ckpt} does not fit {NAME}.py"):
             model = UNet(dim=state["config"]["dim"]).to(cfg.device)
             model.load_state_dict(state["ema"])
+            print(f"{ckpt}: step {state['step']}") if cfg.rank == 0 else None
         write(torch.compile(model) if cfg.compile else model, cfg, cfg.out or "samples.png", cfg.n)
     elif model := train(cfg, state):
         write(model, cfg, cfg.out or f"{cfg.run_dir}/samples.png", cfg.n)

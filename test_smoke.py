@@ -1,6 +1,6 @@
 """Every promise of the README that a CPU can check, on tiny data made here: python -m pytest -q test_smoke.py"""
 
-import argparse, csv, hashlib, importlib, inspect, itertools, math, os, pickle, random, re, shutil, signal, struct
+import argparse, csv, hashlib, inspect, itertools, math, os, pickle, random, re, shutil, signal, struct
 import subprocess, sys, time
 from pathlib import Path
 from unittest import mock
@@ -12,10 +12,16 @@ from PIL import Image
 import common
 import ddim_unet_mnist as ddim
 import ddpm_unet_mnist as ddpm
+import dit_cifar10 as dit
+import uvit_cifar10 as uvit
 
 ROOT = Path(__file__).parent
-SCRIPTS = ["ddpm_unet_mnist", "ddim_unet_mnist"]
-TINY = "--dim 16 --batch-size 8 --log-every 2 --sample-every 0 --warmup 2 --steps 2 -n 4 --dtype float32".split()
+NETWORKS = {ddpm: "UNet(dim=16)", ddim: "UNet(dim=16)", dit: "DiT(16, 2, 2, 8)", uvit: "UViT(16, 2, 2, 8)"}
+SHAPES = {ddpm: ["--dim", 16], ddim: ["--dim", 16], dit: "--dim 16 --depth 2 --heads 2 --patch 8".split()}
+SHAPES[uvit] = SHAPES[dit]
+ANY = {ddpm: [], ddim: ["--prompt", ""], dit: ["--classes", 0], uvit: ["--classes", 0]}  # to draw one kind of image
+SHIPPED = [ddpm, ddim]
+TINY = "--batch-size 8 --log-every 2 --sample-every 0 --warmup 2 --steps 2 -n 4 --dtype float32".split()
 
 def pixels(path):
     with Image.open(path) as image:
@@ -44,6 +50,11 @@ def image_folder(root, counts, size=28, mode="L"):
             noise = random_images(1, size, size, 3, seed=i)[0].numpy()
             Image.fromarray(noise).convert(mode).save(root / name / f"{i}.png")
     return root
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    counts = {f"{split}/{k}": 8 if split == "train" else 4 for split in ("train", "test") for k in "abcdefgh"}
+    return image_folder(tmp_path_factory.mktemp("pictures"), counts, size=32, mode="RGB")
 
 def test_mnist_files(mnist):
     (images, labels), (test_images, _), classes = common.load_data("MNIST", mnist, 28)
@@ -180,44 +191,63 @@ def moments(sampler, a, steps, **kw):
     out = sampler(gaussian(a.double()), x, a, steps, randn=alone, **kw).flatten()
     return out[0].item(), (out[1:] - out[0]).pow(2).sum().item()
 
-@pytest.fixture(params=SCRIPTS)
+@pytest.fixture(params=NETWORKS, ids=lambda script: script.NAME)
 def script(request):
-    return importlib.import_module(request.param)
+    return request.param
+
+def network(script):
+    torch.manual_seed(0)
+    return eval(NETWORKS[script], vars(script))
 
 WAYS = [("ddim", {}), ("ddim", {"eta": 1}), ("ddpm", {}), ("ddpm", {"variance": "large"})]
 
 @pytest.mark.parametrize("sampler, kw", WAYS)
-def test_samplers_are_first_order(script, sampler, kw):
-    """The error halves when the steps double, and the mean and variance of the data come out."""
+def test_samplers_are_first_order(sampler, kw):
+    """The error halves when the steps double, and the mean and variance of the data come out. (In the other scripts the
+    samplers are the same to the letter, which is tested below.)"""
     a, errors = common.alpha_bar(common.linear_betas()), []
     for steps in (50, 100, 200, 400):
-        mean, variance = moments(getattr(script, f"{sampler}_sample"), a, steps, **kw)
+        mean, variance = moments(getattr(ddpm, f"{sampler}_sample"), a, steps, **kw)
         assert mean == pytest.approx(MEAN, abs=2 / steps)
         errors.append(abs(variance - STD**2))
     ratios = [after / before for before, after in zip(errors, errors[1:])]
     assert all(0.4 < r < 0.62 for r in ratios), (errors, ratios)
-    mean, variance = moments(getattr(script, f"{sampler}_sample"), a, 1000, **kw)
+    mean, variance = moments(getattr(ddpm, f"{sampler}_sample"), a, 1000, **kw)
     assert mean == pytest.approx(MEAN, abs=2e-3) and variance == pytest.approx(STD**2, abs=5e-3)
 
-def test_ddim_at_eta_1_is_ddpm_step_by_step(script):
+def test_ddim_at_eta_1_is_ddpm_step_by_step():
     """Same denoiser, same noise: after each of the T steps the same x, and it is a draw from common.posterior."""
     a = common.alpha_bar(common.linear_betas(100, 1e-3, 0.1))
-    denoise, pairs = gaussian(a), script.timestep_pairs(100, 100)
+    denoise, pairs = gaussian(a), ddpm.timestep_pairs(100, 100)
     x = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     for t, t_next in pairs:
         z = torch.randn(x.shape, generator=torch.Generator().manual_seed(t))
         ts = torch.full((4,), t)
         mean, variance = common.posterior(denoise(x, ts), x, ts, a)
-        ddpm = script.ddpm_sample(denoise, x, a, [(t, t_next)], randn=lambda x: z)
-        ddim = script.ddim_sample(denoise, x, a, [(t, t_next)], eta=1.0, randn=lambda x: z)
-        torch.testing.assert_close(ddim, mean + variance.sqrt() * z, atol=2e-6, rtol=1e-4)
-        torch.testing.assert_close(ddpm, ddim, atol=2e-6, rtol=1e-5)
-        x = ddpm
+        ancestral = ddpm.ddpm_sample(denoise, x, a, [(t, t_next)], randn=lambda x: z)
+        implicit = ddpm.ddim_sample(denoise, x, a, [(t, t_next)], eta=1.0, randn=lambda x: z)
+        torch.testing.assert_close(implicit, mean + variance.sqrt() * z, atol=2e-6, rtol=1e-4)
+        torch.testing.assert_close(ancestral, implicit, atol=2e-6, rtol=1e-5)
+        x = ancestral
+
+def test_dpm_solver_is_second_order():
+    """Against the exact solution on Gaussian data, in 20,000 times: a quarter of the error as steps double."""
+    a = torch.linspace(5e-6, 1e-3, 20000, dtype=torch.float64).neg().add(1).cumprod(0)
+    z, b, errors = torch.linspace(-2, 2, 5, dtype=torch.float64).view(5, 1, 1, 1), a[-1], []
+    x = b.sqrt() * MEAN + (b * STD**2 + 1 - b).sqrt() * z
+    for steps in (41, 81, 161):  # 40, 80, 160 in lambda, and one to the image
+        errors.append((dit.dpm_solver_sample(gaussian(a), x, a, steps) - MEAN - STD * z).abs().max().item())
+    assert errors[0] < 0.01 and all(3.5 < before / after < 4.5 for before, after in zip(errors, errors[1:])), errors
+    for steps in (1, 2, 15, 1000):
+        calls, few = [], common.alpha_bar(common.cosine_betas())
+        dit.dpm_solver_sample(lambda x, t: calls.append(t[0].item()) or x, torch.randn(1, 1, 2, 2), few, steps)
+        assert calls[0] == 999 and len(calls) <= steps and calls == sorted(set(calls), reverse=True)
+    assert dit.dpm_solver_sample(gaussian(few), torch.randn(2, 1, 1, 1), few, 15).dtype == torch.float32
 
 def test_ddim_returns_the_only_image(script):
     """A data set of one image, and the exact noise prediction for it."""
     a, image = common.alpha_bar(common.linear_betas()), random_images(1, 1, 28, 28) / 127.5 - 1
-    target = common.x0_to_eps if script.NAME.startswith("ddpm") else common.x0_to_v
+    target = common.x0_to_eps if script is ddpm else common.x0_to_v
     model = lambda x, t, y=None: target(x, t, image.expand_as(x), a)
     noise = torch.randn(3, 1, 28, 28, generator=torch.Generator().manual_seed(1))
     out = script.ddim_sample(script.denoiser(model, a), noise, a, 10)
@@ -238,13 +268,13 @@ def test_samplers_walk_and_clip(script):
 
 # ---- Networks
 def test_network(script):
-    torch.manual_seed(0)
-    net = script.UNet(dim=16)
+    net = network(script)
     x, t = torch.randn(4, script.CHANNELS, script.SIZE, script.SIZE), torch.tensor([0, 3, 500, 999])
     out = net(x, t)
-    assert out.shape == x.shape and out.dtype == torch.float32 and not out.any()  # the last layer starts at zero
+    assert out.shape == x.shape and out.dtype == torch.float32
+    assert script is uvit or not out.any()  # the last layer starts at zero
     for p in net.parameters():
-        torch.nn.init.normal_(p, std=0.05)
+        p.data.add_(torch.randn_like(p), alpha=0.1)
     out = net(x, t)
     torch.testing.assert_close(net(x[1:3], t[1:3]), out[1:3], atol=1e-5, rtol=1e-5)  # nothing leaks between images
     assert (net(x, t.flip(0)) - out).abs().max() > 1e-4  # the time matters
@@ -406,7 +436,7 @@ def test_prompts_from_the_command_line(cli_of, capsys):
 
 # ---- The command line
 @pytest.fixture
-def cli_of(tmp_path, monkeypatch, mnist):
+def cli_of(tmp_path, monkeypatch, mnist, pictures):
     """Calls a script's main() in an empty folder, as if from a shell; `cli.data` is a tiny data set for it."""
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)  # here and in the processes below: the order of float sums is part of "bit for bit"
@@ -416,9 +446,10 @@ def cli_of(tmp_path, monkeypatch, mnist):
             monkeypatch.setattr(sys, "argv", [script.__file__, "--device", "cpu", *map(str, flags)])
             script.main()
 
-        call.data, call.name = ["--data-dir", mnist], script.NAME
-        call.any = [] if script is ddpm else ["--prompt", ""]  # no class in particular
-        call.train = lambda run, steps, *more: call(*TINY, *call.data, "--run-dir", run, "--max-steps", steps, *more)
+        call.data, call.name = ["--data-dir", mnist if script.SIZE == 28 else pictures], script.NAME
+        call.any = ANY[script]
+        call.flags = [*TINY, *SHAPES[script], *call.data]
+        call.train = lambda run, steps, *more: call(*call.flags, "--run-dir", run, "--max-steps", steps, *more)
         return call
 
     return make
@@ -454,7 +485,7 @@ def test_train_resume_and_draw(cli, script, capsys):
     assert checkpoint("parts")["config"]["batch_size"] == 8 and checkpoint("parts")["step"] == 6
     before = torch.load("at3.pt", weights_only=True)["model"]
     moved = [k for k, v in checkpoint("whole")["model"].items() if not torch.equal(v, before[k])]
-    assert len(moved) > 50  # it does learn
+    assert len(moved) > 0.9 * len(before)  # it does learn
 
     rows = {run: list(csv.DictReader(open(f"{run}/log.csv"))) for run in ("whole", "parts")}
     assert list(rows["whole"][0]) == "step images loss val_loss lr grad_norm images_per_s seconds".split()
@@ -464,22 +495,22 @@ def test_train_resume_and_draw(cli, script, capsys):
     assert sorted(p.name for p in Path("whole").iterdir()) == ["ckpt.pt", "log.csv", "samples.png"]
 
     cli("--run-dir", "whole", "--sample-only", "--n", 5, "--steps", 3, *cli.any)  # from the run's own checkpoint
-    assert pixels("samples.png").shape == (60, 90, 3)
+    assert pixels("samples.png").shape == (2 * script.SIZE + 4, 3 * script.SIZE + 6, 3)
     draw = ["--ckpt", "at3.pt", "--sample-only", "--steps", 3, "--dtype", "float32", *cli.any]
     for name, sampler in (("x.png", ["ddpm"]), ("y.png", ["ddim", "--eta", 1]), ("z.png", ["ddim"])):
         cli(*draw, "--n", 1, "--out", name, "--sampler", *sampler)
     assert (pixels("x.png") - pixels("y.png")).abs().max() <= 1 and (pixels("x.png") - pixels("z.png")).abs().max() > 1
     cli(*draw, "--n", 2, "--out", "new/way.gif")
     with Image.open("new/way.gif") as gif:
-        assert gif.n_frames == 3 and gif.size == (60, 30)
+        assert gif.n_frames == 3 and gif.size == (2 * script.SIZE + 4, script.SIZE + 2)
 
 def test_ema_is_its_closed_form(cli, monkeypatch):
     """Half-lives of 0.05 * images seen, up to --ema, so here 0.4, 0.8, .. 6, 6, .. images."""
-    weights, replace = [], os.replace
+    weights, replace, first = [], os.replace, lambda weights: next(iter(weights.values()))
 
     def keep(tmp, path):
         replace(tmp, path)
-        weights.extend([checkpoint("run")["model"]["stem.weight"]] if Path(path).name == "ckpt.pt" else [])
+        weights.extend([first(checkpoint("run")["model"])] if Path(path).name == "ckpt.pt" else [])
 
     monkeypatch.setattr(os, "replace", keep)
     cli.train("run", 20, "--save-every", 1, "--ema", 6)
@@ -487,34 +518,35 @@ def test_ema_is_its_closed_form(cli, monkeypatch):
     for n, weight in enumerate(weights[1:], start=1):
         average = torch.lerp(weight, average, 0.5 ** (8 / min(6, 0.4 * n)))
     assert len(weights) == 21
-    torch.testing.assert_close(checkpoint("run")["ema"]["stem.weight"], average, atol=1e-8, rtol=1e-5)
+    torch.testing.assert_close(first(checkpoint("run")["ema"]), average, atol=1e-8, rtol=1e-5)
 
 def test_files_of_images(cli, script):
     cli.train("run", 1)
     draw = ["--sample-only", "--run-dir", "run", "--steps", 2, "--dtype", "float32", *cli.any]
+    kind = "-0" if script.SIZE == 32 else ""
     cli(*draw, "--n", 5, "--batch-size", 2, "--out", "five/")
-    assert sorted(p.name for p in Path("five").iterdir()) == [f"{i:06d}.png" for i in range(5)]
-    assert pixels("five/000000.png").shape == (28, 28, 3)
-    Path("five/000003.png").write_text("mine")
-    Path("five/000001.png").unlink()
+    assert sorted(p.name for p in Path("five").iterdir()) == [f"{i:06d}{kind}.png" for i in range(5)]
+    assert pixels(f"five/000000{kind}.png").shape == (script.SIZE, script.SIZE, 3)
+    Path(f"five/000003{kind}.png").write_text("mine")
+    Path(f"five/000001{kind}.png").unlink()
     cli(*draw, "--n", 6, "--out", "five/")  # fills up: what is there stays
-    assert Path("five/000003.png").read_text() == "mine" and len(list(Path("five").iterdir())) == 6
+    assert Path(f"five/000003{kind}.png").read_text() == "mine" and len(list(Path("five").iterdir())) == 6
 
 def test_image_i_is_a_function_of_seed_and_i(script):
     """Whatever n and the internal batch are; before rounding to 8 bits."""
-    torch.manual_seed(0)
-    net = script.UNet(dim=16)
+    net = network(script)
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.05)
     float32 = torch.autocast("cpu", enabled=False)
-    for sampler in ("ddim", "ddpm"):
+    for sampler in ("ddim", "ddpm", "dpm")[: 2 + hasattr(script, "dpm_solver_sample")]:
         cfg = argparse.Namespace(seed=3, device=torch.device("cpu"), sampler=sampler, eta=0, steps=20, autocast=float32)
         cfg.tokens, cfg.guidance, cfg.interpolate = [[7] + [0] * 4, [1, 2, 8, 0, 0]], 2, False
+        cfg.chosen, cfg.guidance_interval = [3, 7], (0.2, 0.8)
         whole = script.draw(net, cfg, range(9))
         parts = [script.draw(net, cfg, index) for index in ([0], range(1, 5), range(5, 9))]
         assert (whole - torch.cat(parts, dim=1)).abs().max() < 1e-5
         looks = script.draw(net, cfg, range(2), looks=5)
-        assert looks.shape == (5, 2, 1, 28, 28) and (looks[-1] - whole[0, :2]).abs().max() < 1e-5
+        assert looks.shape == (5, 2, *whole.shape[2:]) and (looks[-1] - whole[0, :2]).abs().max() < 1e-5
         assert (whole[0, 0] - whole[0, 1]).abs().max() > 0.1
         cfg.seed = 4
         assert (script.draw(net, cfg, range(9)) - whole).abs().max() > 0.1
@@ -527,7 +559,7 @@ def shell(script, *flags, launcher=(), **kw):
 
 def test_killed_at_random_and_resumed(cli, script):
     """SIGKILL, most of the time within a save, of which there is one per step."""
-    flags = [*TINY, *cli.data, "--run-dir", "killed", "--save-every", 1, "--max-steps", 10000, "--resume"]
+    flags = [*cli.flags, "--run-dir", "killed", "--save-every", 1, "--max-steps", 10000, "--resume"]
     for _ in range(3):
         process = shell(script, *flags)
         before = checkpoint("killed")["step"] if Path("killed/ckpt.pt").exists() else -1
@@ -547,7 +579,7 @@ def test_killed_at_random_and_resumed(cli, script):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_and_saves(cli, script, number):
-    process = shell(script, *TINY, *cli.data, "--run-dir", "asked", "--save-every", 10000, "--max-steps", 10000)
+    process = shell(script, *cli.flags, "--run-dir", "asked", "--save-every", 10000, "--max-steps", 10000)
     while not (line := process.stdout.readline()).startswith("step 4 "):
         assert line, process.communicate()
     process.send_signal(number)
@@ -564,7 +596,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 def test_torchrun_with_two_processes(cli, script):
     """Trains to the weights and losses of one process, and draws its share of the same images."""
     cli.train("one", 4, "--out", "one.png", "--n", 5)
-    flags = [*TINY, *cli.data, "--run-dir", "two", "--max-steps", 4, "--out", "two.png", "-n", 5]
+    flags = [*cli.flags, "--run-dir", "two", "--max-steps", 4, "--out", "two.png", "-n", 5]
     process = shell(script, *flags, launcher=TORCHRUN)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
@@ -576,7 +608,7 @@ def test_torchrun_with_two_processes(cli, script):
 
 def test_ctrl_c_under_torchrun(cli, script):
     """It reaches the workers twice: from the terminal, and passed on by torchrun. They leave together, at step 10 k."""
-    flags = [*TINY, *cli.data, "--run-dir", "asked", "--max-steps", 10000]
+    flags = [*cli.flags, "--run-dir", "asked", "--max-steps", 10000]
     process = shell(script, *flags, launcher=TORCHRUN, start_new_session=True)
     while not (line := process.stdout.readline()).startswith("step 4 "):
         assert line, process.communicate()
@@ -616,7 +648,7 @@ def test_full_disk(cli, script):
 def test_a_loss_that_is_not_finite(cli, capsys):
     cli.train("run", 3)
     state = checkpoint("run")
-    state["model"]["stem.bias"][0] = math.nan
+    next(iter(state["model"].values())).view(-1)[0] = math.nan
     torch.save(state, "run/ckpt.pt")
     before = Path("run/ckpt.pt").read_bytes()
     with pytest.raises(SystemExit) as stop:
@@ -629,7 +661,7 @@ def test_a_loss_that_is_not_finite(cli, capsys):
     assert all(x.isfinite().all() for _, x in tensors(checkpoint("wild")))
 
 BAD = {  # what is wrong: (flags, what the one line must name)
-    "no data, no network": ("--data-dir nowhere", "--data-dir nowhere: no MNIST there"),
+    "no data, no network": ("--data-dir nowhere", "--data-dir nowhere: no "),
     "no images": ("--data-dir empty", "--data-dir empty"),
     "a broken image": ("--data-dir broken", "broken/train/a/0.png"),
     "no checkpoint": ("--sample-only --ckpt none.pt", "none.pt"),
@@ -645,10 +677,10 @@ BAD = {  # what is wrong: (flags, what the one line must name)
     "eta": ("--sample-only --eta 1.5", "--eta 1.5"),
     "an unknown ending": ("--sample-only --out x.jpg", "--out x.jpg"),
     "an impossible place": ("--sample-only --run-dir run --steps 1 --n 1 --out text.pt/x.png", "text.pt/x.png"),
-    "a class": ("--sample-only --classes 12", "--classes"),
+    "a class": ("--sample-only --run-dir run --classes 12", "--classes"),
     "an unknown sampler": ("--sample-only --sampler euler", "euler"),
     "an unknown device": ("--device tpu", "--device tpu"),
-    "a size that does not divide": ("--dim 40", "--dim 40"),
+    "a size that does not divide": ("--dim 41", "--dim 41"),
     "a batch that does not divide": ("--batch-size 9", "--batch-size 9"),
     "a file for a run": ("--run-dir text.pt", "text.pt"),
 }
@@ -682,9 +714,9 @@ def test_a_file_copied_alone_works(script, tmp_path):
     shutil.copy(script.__file__, tmp_path)
     code = f"""
 import sys, torch
-from {script.NAME} import UNet, ddpm_sample, ddim_sample, denoiser
+from {script.NAME} import *
 a = torch.linspace(0.9999, 0.98, 1000).cumprod(0)
-net, noise = UNet(dim=16), torch.randn(2, 1, 28, 28)
+net, noise = {NETWORKS[script]}, torch.randn(2, CHANNELS, SIZE, SIZE)
 for sample in ddpm_sample, ddim_sample:
     assert sample(denoiser(net, a), noise, a, steps=3).shape == noise.shape
 assert not {{"common", "torchvision", "PIL"}} & set(sys.modules)
@@ -699,13 +731,14 @@ def test_help_names_every_flag_and_is_quick(script):
     for flag in re.findall(r"^  (--[a-z-]+)", out, re.M):
         assert flag in readme, flag
 
-def test_shipped_checkpoint_draws_digits(cli, script):
+@pytest.mark.parametrize("script", SHIPPED)
+def test_shipped_checkpoint_draws_digits(script, cli_of):
     """What a fresh clone does first, in few steps: trained weights give white strokes on black."""
     path = ROOT / "checkpoints" / f"{script.NAME}.pt"
     shipped = torch.load(path, weights_only=True)
     assert shipped["config"]["script"] == script.NAME and path.stat().st_size < 8 * 2**20
     assert set(shipped) == {"ema", "step", "config"} and all(v.dtype == torch.half for v in shipped["ema"].values())
-    cli("--sample-only", "--n", 4, "--steps", 10)
+    cli_of(script)("--sample-only", "--n", 4, "--steps", 10)
     picture = pixels("samples.png")
     assert 0.6 < (picture < 32).float().mean() < 0.95 and 0.03 < (picture > 224).float().mean() < 0.3
 
@@ -721,14 +754,15 @@ def test_the_code_in_the_readme_runs(tmp_path, mnist, monkeypatch):
     assert scope["images"].shape == (16, 1, 28, 28) and Path("forward_and_reverse.png").stat().st_size > 10_000
 
 def test_repository():
-    for name in SCRIPTS:
-        text = (ROOT / f"{name}.py").read_text()
-        assert len(text.splitlines()) <= (450 if name == "ddim_unet_mnist" else 400), name
+    for script in NETWORKS:
+        text = Path(script.__file__).read_text()
+        assert len(text.splitlines()) <= (450 if script is ddim else 400), script.NAME
         imported = set(re.findall(r"^ *(?:import|from) (\w+)", text, re.M)) - set(sys.stdlib_module_names)
         assert imported <= {"torch", "einops", "PIL", "common"}, imported
     assert len((ROOT / "common.py").read_text().splitlines()) <= 250
     assert (ROOT / "requirements.txt").exists() and "MIT" in (ROOT / "LICENSE").read_text()
 
 def test_what_is_the_same_in_two_scripts_is_the_same_to_the_letter():
-    for name in ("timestep_embedding timestep_pairs ddpm_sample ddim_sample norm zero die blame").split():
-        assert len({inspect.getsource(getattr(importlib.import_module(s), name)) for s in SCRIPTS}) == 1, name
+    names = "timestep_embedding timestep_pairs ddpm_sample ddim_sample dpm_solver_sample norm zero die blame"
+    for name in names.split():
+        assert len({inspect.getsource(vars(s)[name]) for s in NETWORKS if name in vars(s)}) == 1, name

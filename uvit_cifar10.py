@@ -1,0 +1,394 @@
+"""All are worth words: U-ViT (Bao et al. 2022, arXiv 2209.12152) on CIFAR-10, all in this file.
+
+Everything is a token: the patches of the image, the time, the class. A plain transformer takes the noise away, and long
+skips from its first half to its second, as in a UNet, bring the details round the middle.
+
+    python uvit_cifar10.py --sample-only                      # draw from the shipped checkpoint, a row per class
+    python uvit_cifar10.py --data-dir data                    # fetch CIFAR-10, train, draw
+    torchrun --standalone --nproc_per_node=8 uvit_cifar10.py  # the same on eight GPUs
+"""
+
+import argparse, contextlib, copy, math, os, signal, sys, time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+NAME, T, CHANNELS, SIZE = Path(__file__).stem, 1000, 3, 32
+
+# ---- The network: a transformer on patches, time and class, with long skips (Bao et al. 2022, section 3)
+def timestep_embedding(t, dim):
+    """int64 (B,) -> (B, dim): sines and cosines at dim / 2 frequencies from 1 to 1/10000 (Vaswani et al. 2017, 3.5)."""
+    angles = t[:, None] * torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads, self.qkv, self.out = heads, nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
+
+    def forward(self, x):  # (B, N, D)
+        q, k, v = rearrange(self.qkv(x), "b n (qkv heads d) -> qkv b heads n d", qkv=3, heads=self.heads)
+        with sdpa_kernel(SDPBackend.MATH) if x.is_cpu else contextlib.nullcontext():  # a CPU is slow at fused gradients
+            return self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n d -> b n (heads d)"))
+
+class Block(nn.Module):
+    """Attention and MLP. In the second half, what comes along the long skip is concatenated and mixed in first."""
+    def __init__(self, dim, heads, skip=False):
+        super().__init__()
+        self.skip = nn.Linear(2 * dim, dim) if skip else None
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attention = Attention(dim, heads)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x, skip=None):  # (B, N, D) -> (B, N, D)
+        x = x if skip is None else self.skip(torch.cat([x, skip], dim=-1))
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+class UViT(nn.Module):
+    """x float (B, channels, size, size) in [-1, 1], t int64 (B,) in 0 .. T - 1, y int64 (B,) in 0 .. num_classes, by
+    default that, the null class -> v, float32, of x's shape. U-ViT-S/2 has dim 512, depth 12 (6 + 1 + 6), heads 8."""
+    def __init__(self, dim=256, depth=8, heads=4, patch=2, num_classes=10, channels=CHANNELS, size=SIZE):
+        super().__init__()
+        self.dim, self.patch, self.num_classes = dim, patch, num_classes
+        self.embed, self.label = nn.Linear(channels * patch**2, dim), nn.Embedding(num_classes + 1, dim)
+        self.positions = nn.Parameter(0.02 * torch.randn(2 + (size // patch) ** 2, dim))
+        self.down = nn.ModuleList(Block(dim, heads) for _ in range(depth // 2))
+        self.middle = Block(dim, heads)
+        self.up = nn.ModuleList(Block(dim, heads, skip=True) for _ in range(depth // 2))
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, channels * patch**2)
+        self.smooth = nn.Conv2d(channels, channels, 3, padding=1)  # against seams between the patches
+
+    def forward(self, x, t, y=None):
+        y, patch = torch.full_like(t, self.num_classes) if y is None else y, dict(p=self.patch, q=self.patch)
+        patches = self.embed(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", **patch))
+        h = torch.stack([timestep_embedding(t, self.dim), self.label(y)], dim=1)
+        h, skips = torch.cat([h, patches], dim=1) + self.positions, []  # (B, 2 + N, D)
+        for block in self.down:
+            skips.append(h := block(h))
+        h = self.middle(h)
+        for block in self.up:
+            h = block(h, skips.pop())
+        h = self.head(self.norm(h))[:, 2:]
+        return self.smooth(rearrange(h, "b (h w) (c p q) -> b c (h p) (w q)", h=x.shape[2] // self.patch, **patch)).float()
+
+# ---- The samplers. They know of no network: denoise(x_t, t) gives an estimate of the clean image, x0_hat
+def denoiser(model, alphas_cumprod, y=None, guidance=1.0, interval=(0.0, 1.0)):
+    """denoise(x_t, t) -> x0_hat in [-1, 1], for a model(x_t, t, y) that predicts v (Salimans & Ho 2022, 2202.00512).
+    y: classes (B,), which guidance needs. Guidance 1 leaves v as it is, more moves it away from that of the null class;
+    it is 1 + w in Ho & Salimans 2022 (2207.12598), eq. 6. It acts for t / T in `interval` (2404.07724)."""
+    def denoise(x_t, t):  # float (B, C, H, W), int64 (B,)
+        alpha_bar = alphas_cumprod[t][:, None, None, None]
+        if guidance == 1 or interval != (0, 1) and not interval[0] <= t[0].item() / len(alphas_cumprod) <= interval[1]:
+            v = model(x_t, t, y)
+        else:
+            null = torch.full_like(y, model.num_classes)
+            v, v_null = model(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, null])).chunk(2)
+            v = v_null + guidance * (v - v_null)
+        return (alpha_bar.sqrt() * x_t - (1 - alpha_bar).sqrt() * v).clamp(-1, 1)
+    return denoise
+
+def timestep_pairs(T, steps):
+    """[(t, t_next), ..]: equal strides from T - 1 to -1, the clean image (Lin et al. 2023, 2305.08891, table 2)."""
+    ts = [round(T * i / steps) - 1 for i in range(steps, -1, -1)]
+    return list(zip(ts, ts[1:]))
+
+def ddpm_sample(denoise, x, alphas_cumprod, steps=1000, variance="small", randn=torch.randn_like):
+    """Ancestral sampling (Ho et al. 2020, algorithm 2): draw each x_{t_next} from q(x_{t_next} | x_t, x0_hat).
+    denoise: (float (B, C, H, W), int64 (B,)) -> float (B, C, H, W); x: noise (B, C, H, W); alphas_cumprod: float (T,);
+    steps: how many, at most T, or a list of (t, t_next); variance: "small" (beta-tilde) is the posterior's, "large"
+    (beta) best where the data are white noise (section 3.2); randn: x -> noise like x. Returns (B, C, H, W)."""
+    alpha_bar = alphas_cumprod.tolist() + [1.0]  # so that alpha_bar[-1] is the clean image's
+    for t, t_next in steps if isinstance(steps, list) else timestep_pairs(len(alphas_cumprod), steps):
+        a, a_next = alpha_bar[t], alpha_bar[t_next]
+        x0 = denoise(x, torch.full((len(x),), t, device=x.device))
+        beta, left = 1 - a / a_next, (1 - a_next) / (1 - a)
+        x = math.sqrt(a_next) * beta / (1 - a) * x0 + math.sqrt(1 - beta) * left * x  # eq. 7
+        if t_next >= 0:
+            x = x + math.sqrt(beta if variance == "large" else left * beta) * randn(x)
+    return x
+
+def ddim_sample(denoise, x, alphas_cumprod, steps=50, eta=0.0, randn=torch.randn_like):
+    """Denoising diffusion implicit models (Song et al. 2020, 2010.02502, eq. 12): move towards x0_hat, up to t_next.
+    The rest is as in ddpm_sample. With eta = 0 no noise is drawn and an ODE is solved; eta = 1 is ddpm_sample."""
+    alpha_bar = alphas_cumprod.tolist() + [1.0]
+    for t, t_next in steps if isinstance(steps, list) else timestep_pairs(len(alphas_cumprod), steps):
+        a, a_next = alpha_bar[t], alpha_bar[t_next]
+        x0 = denoise(x, torch.full((len(x),), t, device=x.device))
+        eps = (x - math.sqrt(a) * x0) / math.sqrt(1 - a)
+        sigma = eta * math.sqrt(max((1 - a_next) / (1 - a) * (1 - a / a_next), 0))  # eq. 16
+        x = math.sqrt(a_next) * x0 + math.sqrt(1 - a_next - sigma**2) * eps
+        if sigma > 0:
+            x = x + sigma * randn(x)
+    return x
+
+def dpm_solver_sample(denoise, x, alphas_cumprod, steps=15, randn=None):
+    """DPM-Solver++(2M) (Lu et al. 2022, 2211.01095, algorithm 2): x0_hat is extrapolated from this step and the last.
+    The rest is as in ddpm_sample. No noise is drawn. The times are even in lambda = log(alpha / sigma)."""
+    alpha_bar = alphas_cumprod.double().cpu()
+    lambdas = (alpha_bar.log() - (1 - alpha_bar).log()) / 2
+    even = torch.linspace(lambdas[-1], lambdas[0], max(steps, 2), dtype=torch.float64)[:steps]
+    ts = sorted({(lambdas - value).abs().argmin().item() for value in even}, reverse=True)
+    x0_before = h_before = None
+    for t, t_next in zip(ts, ts[1:] + [-1]):
+        x0 = denoise(x, torch.full((len(x),), t, device=x.device))
+        if t_next < 0:
+            return x0
+        h = (lambdas[t_next] - lambdas[t]).item()
+        d = x0 if x0_before is None else x0 + h / (2 * h_before) * (x0 - x0_before)
+        sigma, sigma_next = math.sqrt(1 - alpha_bar[t]), math.sqrt(1 - alpha_bar[t_next])
+        x = sigma_next / sigma * x - math.sqrt(alpha_bar[t_next]) * math.expm1(-h) * d
+        x0_before, h_before = x0, h
+
+def train(cfg, state):
+    """Ho et al. 2020, algorithm 1. Returns the network of averaged weights, or None if a signal ends the run early.
+    Step n is a function of (cfg.seed, n) and the weights it finds, whatever the number of processes and of restarts."""
+    from common import alpha_bar, batch, cosine_betas, load_data, q_sample, x0_to_v
+
+    torch.manual_seed(cfg.seed)  # the same first weights in every process
+    with blame(f"--data-dir {cfg.data_dir}"):
+        train_set, test_set, cfg.names = load_data("CIFAR10", cfg.data_dir, SIZE, cfg.device)
+    cfg.chosen = choose(cfg)
+    model = UViT(*(getattr(cfg, name) for name in SHAPE), len(cfg.names)).to(cfg.device)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    averages, weights = list(ema.parameters()), [w.detach() for w in model.parameters()]
+    optimizer = torch.optim.Adam(model.parameters(), fused=cfg.device.type != "mps")
+    parts, first = dict(model=model, ema=ema, optimizer=optimizer), state["step"] if state else 0
+    path = Path(cfg.run_dir, "ckpt.pt")
+    with blame(f"--resume: {path} does not fit"):
+        [part.load_state_dict(state[name]) for name, part in parts.items() if state]
+
+    def save(step):
+        more = dict(script=NAME) | {name: getattr(cfg, name) for name in SAVED + SHAPE}
+        more = dict(step=step, log=rows, seconds=seconds, config=more)
+        with blame(f"{path} cannot be written (disk full?), and what was there still is"):
+            torch.save({k: p.state_dict() for k, p in parts.items()} | more, f"{path}.tmp")
+            os.replace(f"{path}.tmp", path)  # so that no kill leaves a torn file
+    rows = state["log"] if state else ["step,images,loss,val_loss,lr,grad_norm,images_per_s,seconds"]
+    seconds = state["seconds"] if state else 0.0
+    say = print if cfg.rank == 0 else lambda *_, **__: None
+    say(f"{cfg.device.type} x {cfg.world}, {cfg.dtype}, {sum(w.numel() for w in weights) / 1e6:.2f} M parameters")
+    say(f"{cfg.data_dir}: {len(train_set[0])} images; {cfg.run_dir}: from step {first} to {cfg.max_steps}", flush=True)
+    with blame(f"--run-dir {cfg.run_dir}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    save(0) if cfg.rank == 0 and not state else None
+    alphas_cumprod = alpha_bar(cosine_betas(T)).to(cfg.device)
+    net = torch.compile(model) if cfg.compile else model
+    net = nn.parallel.DistributedDataParallel(net) if cfg.world > 1 else net
+
+    def loss_of(net, data, *which, **share):
+        x0, y, t, noise, u = batch(*data, T, *which, **share)
+        x_t, y = q_sample(x0, t, noise, alphas_cumprod), torch.where(u < 0.1, len(cfg.names), y)  # for guidance
+        with cfg.autocast:
+            return F.mse_loss(net(x_t, t, y), x0_to_v(x_t, t, x0, alphas_cumprod))
+
+    total = (lambda x: dist.all_reduce(x) or x) if cfg.world > 1 else lambda x: x  # over all processes
+    stop, recent, tick, ticked = [], [], time.perf_counter(), first
+    old = {n: signal.signal(n, lambda *_: stop.append(True)) for n in (signal.SIGINT, signal.SIGTERM)}
+    for step in range(first + 1, cfg.max_steps + 1):
+        # Ho et al. keep the rate constant; falling, it gave lower losses here, and needs no end of the run to aim for
+        lr = optimizer.param_groups[0]["lr"] = cfg.lr * min(step / cfg.warmup, math.sqrt(cfg.warmup / step))
+        loss = loss_of(net, train_set, cfg.batch_size, cfg.seed, step, True, cfg.rank, cfg.world)
+        loss.backward()
+        recent.append(torch.stack([loss.detach(), nn.utils.clip_grad_norm_(model.parameters(), 1.0)]))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seen = step * cfg.batch_size
+        half_life = min(cfg.ema, 0.05 * seen)  # images; it grows with the run, which so forgets its first, bad weights
+        torch._foreach_lerp_(averages, weights, 1 - 0.5 ** (cfg.batch_size / half_life))
+        leaving = bool(stop) and cfg.world == 1
+        if cfg.world > 1 and step % 10 == 0:  # all processes must leave at the same step
+            leaving = total(torch.tensor(len(stop), device=cfg.device)).item() > 0
+        saving = leaving or step == cfg.max_steps or step % cfg.save_every == 0
+        reporting = step % cfg.log_every == 0 or step == first + 10
+        if saving or reporting:  # not at every step, for here the host waits for the device
+            values = total(torch.stack(recent)) / cfg.world
+            loss, grad_norm = values.mean(dim=0).tolist()
+            if False in (fine := values.isfinite().all(dim=1).tolist()):
+                bad = step - len(fine) + 1 + fine.index(False)
+                die(f"loss or gradient not finite at step {bad}; {path} is older: try --resume with a lower --lr")
+        if reporting:
+            val_loss = f"{loss_of(ema, test_set, 256, 0, 0).item():.5f}" if test_set else ""
+            elapsed, images = time.perf_counter() - tick, cfg.batch_size * (step - ticked)
+            pace, seconds, tick, ticked, recent = images / elapsed, seconds + elapsed, tick + elapsed, step, []
+            left = f"{pace:.0f} images/s  {(cfg.max_steps - step) * cfg.batch_size / pace / 60:.1f} min left"
+            say(f"step {step}  loss {loss:.4f}  validation {val_loss}  {left}", flush=True)
+            rows.append(f"{step},{seen},{loss:.5f},{val_loss},{lr:g},{grad_norm:.3f},{pace:.0f},{seconds:.0f}")
+            with blame(f"--run-dir {cfg.run_dir}"):
+                Path(cfg.run_dir, "log.csv").write_text("\n".join([*rows, ""])) if cfg.rank == 0 else None
+        save(step) if saving and cfg.rank == 0 else None
+        if leaving:
+            return say(f"stopped after step {step}; --resume continues", flush=True)
+        if cfg.sample_every and step % cfg.sample_every == 0:
+            write(ema, cfg, f"{cfg.run_dir}/samples-{step:07d}.png", min(cfg.n, 100))
+    [signal.signal(number, handler) for number, handler in old.items()]  # from here on, they may end the drawing
+    return ema
+
+@torch.no_grad()
+def draw(model, cfg, index, looks=1):
+    """float (looks, len(index), C, H, W): looks at equal distances on the way from noise, the last one at the images.
+    Image k is a function of (cfg.seed, index[k]) and its class alone, whatever else is drawn with it."""
+    from common import alpha_bar, cosine_betas, noises
+    noise = noises(cfg.seed, index, (CHANNELS, SIZE, SIZE), cfg.device)
+    alphas_cumprod = alpha_bar(cosine_betas(T)).to(cfg.device)
+    y = torch.tensor([cfg.chosen[i % len(cfg.chosen)] for i in index], device=cfg.device)
+    denoise, frames = cfg.autocast(denoiser(model, alphas_cumprod, y, cfg.guidance, cfg.guidance_interval)), []
+    watch = lambda x_t, t: looks > 1 and frames.append(x_t) or denoise(x_t, t)
+    sampler = dict(ddpm=ddpm_sample, ddim=ddim_sample, dpm=dpm_solver_sample)[cfg.sampler]
+    more = dict(eta=cfg.eta) if cfg.sampler == "ddim" else {}
+    frames.append(sampler(watch, next(noise), alphas_cumprod, cfg.steps, randn=lambda _: next(noise), **more))
+    return torch.stack([frames[(len(frames) - 1) * (i + 1) // looks] for i in range(looks)])
+
+def save_picture(frames, path, rows=1):
+    """float (looks, N, C, H, W) -> a grid, image i in row i % rows, that moves if there are several looks."""
+    from PIL import Image
+    frames = frames.mul(127.5).add(128).clamp(0, 255).byte().cpu()
+    frames = F.pad(frames, (1, 1, 1, 1)) if frames.shape[1] > 1 else frames
+    frames = F.pad(frames, (0, 0) * 3 + (0, -frames.shape[1] % rows))
+    pixels = rearrange(frames, "looks (columns rows) c h w -> looks (rows h) (columns w) c", rows=rows)
+    first, *rest = [Image.fromarray(p.numpy()) for p in pixels.expand(-1, -1, -1, 3).contiguous()]
+    more = dict(save_all=True, append_images=rest, duration=[60] * len(rest) + [2000], loop=0) if rest else {}
+    with blame(f"--out {path}"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        first.save(f"{path}.tmp", Path(path).suffix[1:], **more)
+        os.replace(f"{path}.tmp", path)
+
+def write(model, cfg, out, n):
+    """Draw n images, each process its share: out x.png is a grid, x.gif the way to it, x/ a file per image.
+    Image i has class i % P of the P chosen, and row i % P of the grid; a single class gets a square."""
+    folder, looks = out.endswith("/"), min(50, cfg.steps) if out.endswith(".gif") else 1
+    mine = range(cfg.rank * n // cfg.world, (cfg.rank + 1) * n // cfg.world)
+    path = lambda i: Path(out, f"{i:06d}-{cfg.chosen[i % len(cfg.chosen)]}.png")
+    mine = [i for i in mine if not folder or not path(i).exists()]  # what is drawn already is kept
+    drawn, start = [], time.perf_counter()
+    for at in range(0, len(mine), cfg.batch_size):
+        index = mine[at : at + cfg.batch_size]
+        images = draw(model, cfg, index, looks).cpu()
+        for k, i in enumerate(index if folder else ()):
+            save_picture(images[:, k : k + 1], path(i))
+        drawn += [] if folder else [images]
+        if cfg.rank == 0:
+            left = (time.perf_counter() - start) / (at + len(index)) * (len(mine) - at - len(index))
+            print(f"{at + len(index)} of {len(mine)} images, {left:.0f} s left", flush=True)
+    if cfg.world > 1 and not folder:
+        dist.all_gather_object(shares := [None] * cfg.world, drawn)
+        drawn = sum(shares, [])
+    if cfg.rank == 0:
+        rows = min(n, len(cfg.chosen)) if len(cfg.chosen) > 1 else round(math.sqrt(n))
+        save_picture(torch.cat(drawn, dim=1), out, rows) if drawn else None
+        print(out, "(what was there before is kept)" if folder else "", flush=True)
+
+# ---- The command line. What is SAVED in a checkpoint is what --resume takes from there, where no flag says otherwise
+SAVED = "data_dir batch_size max_steps lr warmup ema save_every sample_every log_every seed dtype names".split()
+SHAPE = "dim depth heads patch".split()
+
+def die(message):  # for what the user can put right: one line, exit code 2, no traceback
+    print(f"{NAME}.py: {' '.join(message.split())[:300]}", file=sys.stderr)
+    sys.exit(2)
+
+@contextlib.contextmanager
+def blame(what):
+    try:
+        yield
+    except Exception as error:
+        die(f"{what}: {str(error).split('. ')[0] or type(error).__name__}")
+
+def parse(**defaults):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.error, flag = lambda message: die(f"{message} (see --help)"), p.add_argument
+    flag("--sample-only", action="store_true", help="draw and exit; without it, train and then draw")
+    flag("--ckpt", metavar="PATH", help=f"weights to draw from (the run's, else checkpoints/{NAME}.pt)")
+    flag("--sampler", choices=["ddpm", "ddim", "dpm"], default="dpm", help="(%(default)s)")
+    flag("--steps", type=int, default=15, metavar="N", help=f"of at most {T}; ddim wants 50, ddpm 250 (%(default)s)")
+    flag("--eta", type=float, default=0.0, metavar="X", help="noise in ddim: 0 is none, 1 is ddpm (%(default)s)")
+    flag("--classes", metavar="N,N", help="of the rows to draw (all of them)")
+    flag("--guidance", type=float, default=2.0, metavar="X", help="1 is none, more obeys the prompt more (%(default)s)")
+    shares = lambda text: tuple(float(share) for share in text.split(","))
+    flag("--guidance-interval", type=shares, default="0,1", metavar="LO,HI", help="of t / T, to guide in (%(default)s)")
+    flag("-n", "--n", type=int, default=100, metavar="N", help="images (%(default)s)")
+    flag("--seed", type=int, default=0, metavar="N", help="of the images, or of the training (%(default)s)")
+    flag("--out", metavar="PATH", help="x.png a grid, x.gif the way to it, x/ a PNG per image (samples.png)")
+    flag("--data-dir", default="data", metavar="PATH", help="CIFAR-10, or train/<class>/*.png (%(default)s)")
+    flag("--run-dir", default=f"runs/{NAME}", metavar="PATH", help="ckpt.pt, log.csv, samples (%(default)s)")
+    flag("--resume", action="store_true", help="continue the run in --run-dir, with its flags where none are given")
+    flag("--batch-size", type=int, default=64, metavar="N", help="images, over all processes (%(default)s)")
+    flag("--max-steps", type=int, default=20000, metavar="N", help="to train in all (%(default)s)")
+    flag("--lr", type=float, default=1e-3, metavar="X", help="Adam's learning rate at its highest (%(default)s)")
+    flag("--warmup", type=int, default=1000, metavar="N", help="steps from 0 to --lr, then 1/sqrt(step) (%(default)s)")
+    flag("--ema", type=int, default=50000, metavar="N", help="half-life of the averages, in images (%(default)s)")
+    flag("--save-every", type=int, default=500, metavar="N", help="steps (%(default)s)")
+    flag("--sample-every", type=int, default=2000, metavar="N", help="steps, 0 is never (%(default)s)")
+    flag("--log-every", type=int, default=100, metavar="N", help="steps (%(default)s)")
+    flag("--dim", type=int, default=256, metavar="N", help="channels of a token (%(default)s)")
+    flag("--depth", type=int, default=8, metavar="N", help="blocks (%(default)s)")
+    flag("--heads", type=int, default=4, metavar="N", help="of the attention (%(default)s)")
+    flag("--patch", type=int, default=2, metavar="N", help="pixels, the side of a token (%(default)s)")
+    flag("--device", metavar="NAME", help="where to compute (cuda, else mps, else cpu)")
+    flag("--dtype", choices=["float32", "bfloat16"], help="of the network (bfloat16 where the hardware has it)")
+    flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (for training on cuda)")
+    cfg = p.parse_args(namespace=argparse.Namespace(**defaults))
+    cfg.rank, cfg.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    counts = "n steps batch_size save_every log_every warmup ema dim depth heads patch lr".split()
+    for wrong, message in [
+        *((getattr(cfg, k) <= 0, f"--{k.replace('_', '-')} {getattr(cfg, k)}: must be above 0") for k in counts),
+        (cfg.batch_size % cfg.world and not cfg.sample_only, f"--batch-size {cfg.batch_size}: not for {cfg.world}"),
+        (cfg.steps > T, f"--steps {cfg.steps}: there are {T}"),
+        (not 0 <= cfg.eta <= 1, f"--eta {cfg.eta}: must be from 0 to 1"),
+        (cfg.dim % math.lcm(2, cfg.heads), f"--dim {cfg.dim}: must be a multiple of 2 and of --heads {cfg.heads}"),
+        (len(cfg.guidance_interval) != 2, "--guidance-interval: must be two numbers, as in 0.1,0.8"),
+        (SIZE % cfg.patch, f"--patch {cfg.patch}: must divide {SIZE}"),
+        (not (cfg.out or "/").endswith((".png", ".gif", "/")), f"--out {cfg.out}: must end in .png, .gif or /"),
+    ]:
+        die(message) if wrong else None
+    return cfg
+
+def choose(cfg):
+    """The classes to draw, a row of the grid each: those of --classes, or all."""
+    known = {str(k): name for k, name in enumerate(cfg.names)}
+    chosen = list(known) if cfg.classes is None else [k.strip() for k in cfg.classes.split(",")]
+    [die(f"--classes {k}: there are {', '.join(map(' '.join, known.items()))}") for k in chosen if k not in known]
+    return [int(k) for k in chosen]
+
+def main():
+    cfg = parse()
+    ckpt, shipped = Path(cfg.run_dir, "ckpt.pt"), Path(__file__).with_name("checkpoints") / f"{NAME}.pt"
+    if cfg.sample_only:
+        ckpt = Path(cfg.ckpt or (ckpt if ckpt.exists() else shipped))
+    elif ckpt.exists() and not cfg.resume:
+        die(f"--run-dir {cfg.run_dir} holds a run: continue it with --resume, or name another folder")
+    with blame(f"{ckpt} is not a checkpoint of {NAME}; --ckpt names another"):
+        state = torch.load(ckpt, map_location="cpu", weights_only=True) if cfg.sample_only or ckpt.exists() else None
+        assert not state or state["config"]["script"] == NAME, f"it is one of {state['config']['script']}"
+    cfg = parse(**state["config"]) if state and not cfg.sample_only else cfg
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    with blame(f"--device {cfg.device or found}"):
+        if cuda := (cfg.device or found).startswith("cuda"):
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", (cfg.device or found).partition(":")[2] or 0)))
+        cfg.device = torch.empty(1, device="cuda" if cuda else cfg.device or found).device
+    chip, cpu = torch.cuda.get_device_capability() if cuda else (0, 0), Path("/proc/cpuinfo")
+    bf16 = chip >= (8, 0) or cfg.device.type == "cpu" and cpu.exists() and "bf16" in cpu.read_text()  # avx512_bf16, say
+    cfg.dtype = cfg.dtype or ("bfloat16" if bf16 else "float32")
+    half = cfg.dtype == "bfloat16"  # where it is off, its device does not matter, and old versions know no mps
+    cfg.autocast = torch.autocast(cfg.device.type if half else "cpu", torch.bfloat16, enabled=half)
+    triton = chip >= (7, 0) and os.name != "nt"  # torch.compile needs it; it knows neither Windows nor older chips
+    cfg.compile = triton and not cfg.sample_only if cfg.compile is None else cfg.compile
+    dist.init_process_group("nccl" if cuda and dist.is_nccl_available() else "gloo") if cfg.world > 1 else None
+    if cfg.sample_only:
+        with blame(f"{ckpt} does not fit {NAME}.py"):
+            cfg.names = state["config"]["names"]
+            model = UViT(*(state["config"][name] for name in SHAPE), len(cfg.names)).to(cfg.device)
+            model.load_state_dict(state["ema"])
+            print(f"{ckpt}: step {state['step']}") if cfg.rank == 0 else None
+        cfg.chosen = choose(cfg)
+        write(torch.compile(model) if cfg.compile else model, cfg, cfg.out or "samples.png", cfg.n)
+    elif model := train(cfg, state):
+        write(model, cfg, cfg.out or f"{cfg.run_dir}/samples.png", cfg.n)
+    dist.destroy_process_group() if cfg.world > 1 else None
+
+if __name__ == "__main__":
+    main()
