@@ -25,7 +25,7 @@ def cosine_betas(T=1000, s=0.008, max_beta=0.999):
 
 def alpha_bar(betas):
     """alphas_cumprod (T,), float32, from betas (T,). The product of a thousand factors is taken in float64."""
-    return (1 - betas.double().cpu()).cumprod(0).float()
+    return (1 - betas.cpu().double()).cumprod(0).float()
 
 def timestep_pairs(T, steps, spacing="trailing"):
     """The walk of a sampler: a list of `steps` pairs (t, t_next), from T - 1 to t_next = -1.

@@ -177,7 +177,7 @@ def train(cfg, state):
     stop, recent, tick, ticked = [], [], time.perf_counter(), first
     old = {n: signal.signal(n, lambda *_: stop.append(True)) for n in (signal.SIGINT, signal.SIGTERM)}
     for step in range(first + 1, cfg.max_steps + 1):
-        # Ho et al. keep the rate constant; falling, it gave lower losses here, and needs no end of the run to aim for
+        # Ho et al. keep the rate constant; falling, it gave lower losses on MNIST, and needs no end of a run to aim for
         lr = optimizer.param_groups[0]["lr"] = cfg.lr * min(step / cfg.warmup, math.sqrt(cfg.warmup / step))
         loss = loss_of(net, train_set, cfg.batch_size, cfg.seed, step, rank=cfg.rank, world=cfg.world)
         loss.backward()
@@ -292,7 +292,7 @@ def parse(**defaults):
     flag("--out", metavar="PATH", help="x.png a grid, x.gif the way to it, x/ a PNG per image (samples.png)")
     flag("--data-dir", default="data", metavar="PATH", help="MNIST, or train/<class>/*.png (%(default)s)")
     flag("--run-dir", default=f"runs/{NAME}", metavar="PATH", help="ckpt.pt, log.csv, samples (%(default)s)")
-    flag("--resume", action="store_true", help="continue the run in --run-dir, with its flags where none are given")
+    flag("--resume", action="store_true", help="continue what is in --run-dir, if anything, with its flags but for those given")
     flag("--batch-size", type=int, default=64, metavar="N", help="images, over all processes (%(default)s)")
     flag("--max-steps", type=int, default=20000, metavar="N", help="to train in all (%(default)s)")
     flag("--lr", type=float, default=1e-3, metavar="X", help="Adam's learning rate at its highest (%(default)s)")
@@ -310,13 +310,13 @@ def parse(**defaults):
     counts = "n steps batch_size save_every log_every warmup ema dim lr".split()
     for wrong, message in [
         *((getattr(cfg, k) <= 0, f"--{k.replace('_', '-')} {getattr(cfg, k)}: must be above 0") for k in counts),
-        (cfg.batch_size % cfg.world and not cfg.sample_only, f"--batch-size {cfg.batch_size}: not for {cfg.world}"),
+        (cfg.batch_size % cfg.world and not cfg.sample_only, f"--batch-size {cfg.batch_size}: {cfg.world} share it"),
         (cfg.steps > T, f"--steps {cfg.steps}: there are {T}"),
         (not 0 <= cfg.eta <= 1, f"--eta {cfg.eta}: must be from 0 to 1"),
         (cfg.dim % 16, f"--dim {cfg.dim}: must be a multiple of 16"),
         (not (cfg.out or "/").endswith((".png", ".gif", "/")), f"--out {cfg.out}: must end in .png, .gif or /"),
     ]:
-        die(message) if wrong else None
+        die(message) if wrong and (defaults or cfg.sample_only or not cfg.resume) else None  # a run has its own flags
     return cfg
 
 def main():
@@ -326,10 +326,10 @@ def main():
         ckpt = Path(cfg.ckpt or (ckpt if ckpt.exists() else shipped))
     elif ckpt.exists() and not cfg.resume:
         die(f"--run-dir {cfg.run_dir} holds a run: continue it with --resume, or name another folder")
-    with blame(f"{ckpt} is not a checkpoint of {NAME}; --ckpt names another"):
+    with blame(f"{ckpt} cannot be read as a checkpoint of {NAME}; --ckpt names another"):
         state = torch.load(ckpt, map_location="cpu", weights_only=True) if cfg.sample_only or ckpt.exists() else None
         assert not state or state["config"]["script"] == NAME, f"it is one of {state['config']['script']}"
-    cfg = parse(**state["config"]) if state and not cfg.sample_only else cfg
+    cfg = cfg if cfg.sample_only else parse(**(state["config"] if state else dict(script=NAME)))
     found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     with blame(f"--device {cfg.device or found}"):
         if cuda := (cfg.device or found).startswith("cuda"):

@@ -682,6 +682,7 @@ BAD = {  # what is wrong: (flags, what the one line must name)
     "an unknown device": ("--device tpu", "--device tpu"),
     "a size that does not divide": ("--dim 41", "--dim 41"),
     "a batch that does not divide": ("--batch-size 9", "--batch-size 9"),
+    "another batch that does not divide": ("--run-dir run --resume --batch-size 9", "--batch-size 9"),
     "a file for a run": ("--run-dir text.pt", "text.pt"),
 }
 

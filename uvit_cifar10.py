@@ -1,7 +1,7 @@
 """All are worth words: U-ViT (Bao et al. 2022, arXiv 2209.12152) on CIFAR-10, all in this file.
 
-Everything is a token: the patches of the image, the time, the class. A plain transformer takes the noise away, and long
-skips from its first half to its second, as in a UNet, bring the details round the middle.
+Everything is a token: the patches, the time, the class. A plain transformer takes the noise away, and long skips from its
+first half to its second, as in a UNet, bring the details round the middle. It predicts v.
 
     python uvit_cifar10.py --sample-only                      # draw from the shipped checkpoint, a row per class
     python uvit_cifar10.py --data-dir data                    # fetch CIFAR-10, train, draw
@@ -55,7 +55,7 @@ class UViT(nn.Module):
     default that, the null class -> v, float32, of x's shape. U-ViT-S/2 has dim 512, depth 12 (6 + 1 + 6), heads 8."""
     def __init__(self, dim=256, depth=8, heads=4, patch=2, num_classes=10, channels=CHANNELS, size=SIZE):
         super().__init__()
-        self.dim, self.patch, self.num_classes = dim, patch, num_classes
+        self.dim, self.patch, self.num_classes = dim, dict(p=patch, q=patch), num_classes
         self.embed, self.label = nn.Linear(channels * patch**2, dim), nn.Embedding(num_classes + 1, dim)
         self.positions = nn.Parameter(0.02 * torch.randn(2 + (size // patch) ** 2, dim))
         self.down = nn.ModuleList(Block(dim, heads) for _ in range(depth // 2))
@@ -65,8 +65,8 @@ class UViT(nn.Module):
         self.smooth = nn.Conv2d(channels, channels, 3, padding=1)  # against seams between the patches
 
     def forward(self, x, t, y=None):
-        y, patch = torch.full_like(t, self.num_classes) if y is None else y, dict(p=self.patch, q=self.patch)
-        patches = self.embed(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", **patch))
+        y = torch.full_like(t, self.num_classes) if y is None else y
+        patches = self.embed(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", **self.patch))
         h = torch.stack([timestep_embedding(t, self.dim), self.label(y)], dim=1)
         h, skips = torch.cat([h, patches], dim=1) + self.positions, []  # (B, 2 + N, D)
         for block in self.down:
@@ -75,16 +75,17 @@ class UViT(nn.Module):
         for block in self.up:
             h = block(h, skips.pop())
         h = self.head(self.norm(h))[:, 2:]
-        return self.smooth(rearrange(h, "b (h w) (c p q) -> b c (h p) (w q)", h=x.shape[2] // self.patch, **patch)).float()
+        h = rearrange(h, "b (h w) (c p q) -> b c (h p) (w q)", h=x.shape[2] // self.patch["p"], **self.patch)
+        return self.smooth(h).float()
 
 # ---- The samplers. They know of no network: denoise(x_t, t) gives an estimate of the clean image, x0_hat
 def denoiser(model, alphas_cumprod, y=None, guidance=1.0, interval=(0.0, 1.0)):
     """denoise(x_t, t) -> x0_hat in [-1, 1], for a model(x_t, t, y) that predicts v (Salimans & Ho 2022, 2202.00512).
     y: classes (B,), which guidance needs. Guidance 1 leaves v as it is, more moves it away from that of the null class;
-    it is 1 + w in Ho & Salimans 2022 (2207.12598), eq. 6. It acts for t / T in `interval` (2404.07724)."""
+    it is 1 + w in Ho & Salimans 2022 (2207.12598), eq. 6, for t / T in `interval` (2404.07724, of sigma there)."""
     def denoise(x_t, t):  # float (B, C, H, W), int64 (B,)
-        alpha_bar = alphas_cumprod[t][:, None, None, None]
-        if guidance == 1 or interval != (0, 1) and not interval[0] <= t[0].item() / len(alphas_cumprod) <= interval[1]:
+        alpha_bar, (low, high) = alphas_cumprod[t][:, None, None, None], interval
+        if guidance == 1 or (low, high) != (0, 1) and not low <= t[0].item() / len(alphas_cumprod) <= high:
             v = model(x_t, t, y)
         else:
             null = torch.full_like(y, model.num_classes)
@@ -129,8 +130,9 @@ def ddim_sample(denoise, x, alphas_cumprod, steps=50, eta=0.0, randn=torch.randn
 
 def dpm_solver_sample(denoise, x, alphas_cumprod, steps=15, randn=None):
     """DPM-Solver++(2M) (Lu et al. 2022, 2211.01095, algorithm 2): x0_hat is extrapolated from this step and the last.
-    The rest is as in ddpm_sample. No noise is drawn. The times are even in lambda = log(alpha / sigma)."""
-    alpha_bar = alphas_cumprod.double().cpu()
+    The rest is as in ddpm_sample, but `steps` is a number, the most there will be: at the times nearest to even ones in
+    lambda = log(alpha / sigma), each once. No noise is drawn."""
+    alpha_bar = alphas_cumprod.cpu().double()  # in this order: an Apple GPU has no float64
     lambdas = (alpha_bar.log() - (1 - alpha_bar).log()) / 2
     even = torch.linspace(lambdas[-1], lambdas[0], max(steps, 2), dtype=torch.float64)[:steps]
     ts = sorted({(lambdas - value).abs().argmin().item() for value in even}, reverse=True)
@@ -191,9 +193,9 @@ def train(cfg, state):
     stop, recent, tick, ticked = [], [], time.perf_counter(), first
     old = {n: signal.signal(n, lambda *_: stop.append(True)) for n in (signal.SIGINT, signal.SIGTERM)}
     for step in range(first + 1, cfg.max_steps + 1):
-        # Ho et al. keep the rate constant; falling, it gave lower losses here, and needs no end of the run to aim for
+        # Ho et al. keep the rate constant; falling, it gave lower losses on MNIST, and needs no end of a run to aim for
         lr = optimizer.param_groups[0]["lr"] = cfg.lr * min(step / cfg.warmup, math.sqrt(cfg.warmup / step))
-        loss = loss_of(net, train_set, cfg.batch_size, cfg.seed, step, True, cfg.rank, cfg.world)
+        loss = loss_of(net, train_set, cfg.batch_size, cfg.seed, step, flip=True, rank=cfg.rank, world=cfg.world)
         loss.backward()
         recent.append(torch.stack([loss.detach(), nn.utils.clip_grad_norm_(model.parameters(), 1.0)]))
         optimizer.step()
@@ -306,16 +308,16 @@ def parse(**defaults):
     flag("--sampler", choices=["ddpm", "ddim", "dpm"], default="dpm", help="(%(default)s)")
     flag("--steps", type=int, default=15, metavar="N", help=f"of at most {T}; ddim wants 50, ddpm 250 (%(default)s)")
     flag("--eta", type=float, default=0.0, metavar="X", help="noise in ddim: 0 is none, 1 is ddpm (%(default)s)")
-    flag("--classes", metavar="N,N", help="of the rows to draw (all of them)")
-    flag("--guidance", type=float, default=2.0, metavar="X", help="1 is none, more obeys the prompt more (%(default)s)")
-    shares = lambda text: tuple(float(share) for share in text.split(","))
-    flag("--guidance-interval", type=shares, default="0,1", metavar="LO,HI", help="of t / T, to guide in (%(default)s)")
+    flag("--classes", metavar="N,N", help="the classes to draw, a row each (all of them)")
+    flag("--guidance", type=float, default=2.0, metavar="X", help="1 is none, more obeys the class more (%(default)s)")
+    def numbers(text): return tuple(map(float, text.split(",")))
+    flag("--guidance-interval", type=numbers, default="0,1", metavar="LO,HI", help="of t / T, to guide (%(default)s)")
     flag("-n", "--n", type=int, default=100, metavar="N", help="images (%(default)s)")
     flag("--seed", type=int, default=0, metavar="N", help="of the images, or of the training (%(default)s)")
     flag("--out", metavar="PATH", help="x.png a grid, x.gif the way to it, x/ a PNG per image (samples.png)")
     flag("--data-dir", default="data", metavar="PATH", help="CIFAR-10, or train/<class>/*.png (%(default)s)")
     flag("--run-dir", default=f"runs/{NAME}", metavar="PATH", help="ckpt.pt, log.csv, samples (%(default)s)")
-    flag("--resume", action="store_true", help="continue the run in --run-dir, with its flags where none are given")
+    flag("--resume", action="store_true", help="continue what is in --run-dir, if anything, with its flags but for those given")
     flag("--batch-size", type=int, default=64, metavar="N", help="images, over all processes (%(default)s)")
     flag("--max-steps", type=int, default=20000, metavar="N", help="to train in all (%(default)s)")
     flag("--lr", type=float, default=1e-3, metavar="X", help="Adam's learning rate at its highest (%(default)s)")
@@ -325,7 +327,7 @@ def parse(**defaults):
     flag("--sample-every", type=int, default=2000, metavar="N", help="steps, 0 is never (%(default)s)")
     flag("--log-every", type=int, default=100, metavar="N", help="steps (%(default)s)")
     flag("--dim", type=int, default=256, metavar="N", help="channels of a token (%(default)s)")
-    flag("--depth", type=int, default=8, metavar="N", help="blocks (%(default)s)")
+    flag("--depth", type=int, default=8, metavar="N", help="blocks beside the middle one (%(default)s)")
     flag("--heads", type=int, default=4, metavar="N", help="of the attention (%(default)s)")
     flag("--patch", type=int, default=2, metavar="N", help="pixels, the side of a token (%(default)s)")
     flag("--device", metavar="NAME", help="where to compute (cuda, else mps, else cpu)")
@@ -333,26 +335,26 @@ def parse(**defaults):
     flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (for training on cuda)")
     cfg = p.parse_args(namespace=argparse.Namespace(**defaults))
     cfg.rank, cfg.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    counts = "n steps batch_size save_every log_every warmup ema dim depth heads patch lr".split()
+    span, counts = cfg.guidance_interval, "n steps batch_size save_every log_every warmup ema dim depth heads patch lr".split()
     for wrong, message in [
         *((getattr(cfg, k) <= 0, f"--{k.replace('_', '-')} {getattr(cfg, k)}: must be above 0") for k in counts),
-        (cfg.batch_size % cfg.world and not cfg.sample_only, f"--batch-size {cfg.batch_size}: not for {cfg.world}"),
+        (cfg.batch_size % cfg.world and not cfg.sample_only, f"--batch-size {cfg.batch_size}: {cfg.world} share it"),
         (cfg.steps > T, f"--steps {cfg.steps}: there are {T}"),
         (not 0 <= cfg.eta <= 1, f"--eta {cfg.eta}: must be from 0 to 1"),
         (cfg.dim % math.lcm(2, cfg.heads), f"--dim {cfg.dim}: must be a multiple of 2 and of --heads {cfg.heads}"),
-        (len(cfg.guidance_interval) != 2, "--guidance-interval: must be two numbers, as in 0.1,0.8"),
+        (len(span) != 2 or not 0 <= span[0] <= span[1] <= 1, f"--guidance-interval {span}: must be LO,HI, from 0 to 1"),
+        (cfg.depth % 2, f"--depth {cfg.depth}: must be even, half before and half after the middle"),
         (SIZE % cfg.patch, f"--patch {cfg.patch}: must divide {SIZE}"),
         (not (cfg.out or "/").endswith((".png", ".gif", "/")), f"--out {cfg.out}: must end in .png, .gif or /"),
     ]:
-        die(message) if wrong else None
+        die(message) if wrong and (defaults or cfg.sample_only or not cfg.resume) else None  # a run has its own flags
     return cfg
 
 def choose(cfg):
     """The classes to draw, a row of the grid each: those of --classes, or all."""
     known = {str(k): name for k, name in enumerate(cfg.names)}
-    chosen = list(known) if cfg.classes is None else [k.strip() for k in cfg.classes.split(",")]
-    [die(f"--classes {k}: there are {', '.join(map(' '.join, known.items()))}") for k in chosen if k not in known]
-    return [int(k) for k in chosen]
+    chosen, there = cfg.classes.split(",") if cfg.classes is not None else known, ", ".join(map(" ".join, known.items()))
+    return [int(k) if k.strip() in known else die(f"--classes {k}: there are {there}") for k in chosen]
 
 def main():
     cfg = parse()
@@ -361,10 +363,10 @@ def main():
         ckpt = Path(cfg.ckpt or (ckpt if ckpt.exists() else shipped))
     elif ckpt.exists() and not cfg.resume:
         die(f"--run-dir {cfg.run_dir} holds a run: continue it with --resume, or name another folder")
-    with blame(f"{ckpt} is not a checkpoint of {NAME}; --ckpt names another"):
+    with blame(f"{ckpt} cannot be read as a checkpoint of {NAME}; --ckpt names another"):
         state = torch.load(ckpt, map_location="cpu", weights_only=True) if cfg.sample_only or ckpt.exists() else None
         assert not state or state["config"]["script"] == NAME, f"it is one of {state['config']['script']}"
-    cfg = parse(**state["config"]) if state and not cfg.sample_only else cfg
+    cfg = cfg if cfg.sample_only else parse(**(state["config"] if state else dict(script=NAME)))
     found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     with blame(f"--device {cfg.device or found}"):
         if cuda := (cfg.device or found).startswith("cuda"):
