@@ -373,7 +373,7 @@ def parse(**defaults):
     flag("--out", metavar="PATH", help="x.png a grid, x.gif the way to it, x/ a PNG per image (samples.png)")
     flag("--data-dir", default="data", metavar="PATH", help="MNIST, or train/<class>/*.png (%(default)s)")
     flag("--run-dir", default=f"runs/{NAME}", metavar="PATH", help="ckpt.pt, log.csv, samples (%(default)s)")
-    flag("--resume", action="store_true", help="continue what is in --run-dir, if anything, with its flags but for those given")
+    flag("--resume", action="store_true", help="continue the run in --run-dir, if any, with the flags it had")
     flag("--batch-size", type=int, default=64, metavar="N", help="images, over all processes (%(default)s)")
     flag("--max-steps", type=int, default=20000, metavar="N", help="to train in all (%(default)s)")
     flag("--lr", type=float, default=1e-3, metavar="X", help="Adam's learning rate at its highest (%(default)s)")

@@ -322,7 +322,7 @@ def parse(**defaults):
     flag("--out", metavar="PATH", help="x.png a grid, x.gif the way to it, x/ a PNG per image (samples.png)")
     flag("--data-dir", default="data", metavar="PATH", help="CIFAR-10, or train/<class>/*.png (%(default)s)")
     flag("--run-dir", default=f"runs/{NAME}", metavar="PATH", help="ckpt.pt, log.csv, samples (%(default)s)")
-    flag("--resume", action="store_true", help="continue what is in --run-dir, if anything, with its flags but for those given")
+    flag("--resume", action="store_true", help="continue the run in --run-dir, if any, with the flags it had")
     flag("--batch-size", type=int, default=64, metavar="N", help="images, over all processes (%(default)s)")
     flag("--max-steps", type=int, default=20000, metavar="N", help="to train in all (%(default)s)")
     flag("--lr", type=float, default=1e-3, metavar="X", help="Adam's learning rate at its highest (%(default)s)")
@@ -340,14 +340,14 @@ def parse(**defaults):
     flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (for training on cuda)")
     cfg = p.parse_args(namespace=argparse.Namespace(**defaults))
     cfg.rank, cfg.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    span, counts = cfg.guidance_interval, "n steps batch_size save_every log_every warmup ema dim depth heads patch lr".split()
+    counts = "n steps batch_size save_every log_every warmup ema dim depth heads patch lr".split()
     for wrong, message in [
         *((getattr(cfg, k) <= 0, f"--{k.replace('_', '-')} {getattr(cfg, k)}: must be above 0") for k in counts),
         (cfg.batch_size % cfg.world and not cfg.sample_only, f"--batch-size {cfg.batch_size}: {cfg.world} share it"),
         (cfg.steps > T, f"--steps {cfg.steps}: there are {T}"),
         (not 0 <= cfg.eta <= 1, f"--eta {cfg.eta}: must be from 0 to 1"),
         (cfg.dim % math.lcm(4, cfg.heads), f"--dim {cfg.dim}: must be a multiple of 4 and of --heads {cfg.heads}"),
-        (len(span) != 2 or not 0 <= span[0] <= span[1] <= 1, f"--guidance-interval {span}: must be LO,HI, from 0 to 1"),
+        (len(g := cfg.guidance_interval) != 2 or not 0 <= g[0] <= g[1] <= 1, f"--guidance-interval {g}: not LO,HI"),
         (SIZE % cfg.patch, f"--patch {cfg.patch}: must divide {SIZE}"),
         (not (cfg.out or "/").endswith((".png", ".gif", "/")), f"--out {cfg.out}: must end in .png, .gif or /"),
     ]:
@@ -357,8 +357,8 @@ def parse(**defaults):
 def choose(cfg):
     """The classes to draw, a row of the grid each: those of --classes, or all."""
     known = {str(k): name for k, name in enumerate(cfg.names)}
-    chosen, there = cfg.classes.split(",") if cfg.classes is not None else known, ", ".join(map(" ".join, known.items()))
-    return [int(k) if k.strip() in known else die(f"--classes {k}: there are {there}") for k in chosen]
+    chosen = known if cfg.classes is None else cfg.classes.split(",")
+    return [int(k) if k.strip() in known else die(f"--classes {k}: there are {known}") for k in chosen]
 
 def main():
     cfg = parse()

@@ -398,6 +398,37 @@ def test_inversion_returns():
         assert (noise - (x0 - MEAN) / STD).abs().max() < 5 / steps  # the exact code: the ODE keeps the quantiles
     assert errors[0] < 0.2 and errors[1] < 0.55 * errors[0] and errors[2] < 0.55 * errors[1], errors
 
+@pytest.mark.parametrize("script", [dit, uvit])
+def test_classes_and_intervals_from_the_command_line(script, cli_of, capsys):
+    cli = cli_of(script)
+    cli.train("run", 2)
+    draw = ["--sample-only", "--run-dir", "run", "--steps", 2]
+    cli(*draw, "--classes", "7, 1", "--n", 4, "--guidance", 3, "--guidance-interval", "0.2,0.8", "--out", "x/")
+    assert [p.name for p in sorted(Path("x").iterdir())] == [f"00000{i}-{(7, 1)[i % 2]}.png" for i in range(4)]
+    cli(*draw, "--n", 16)
+    assert pixels("samples.png").shape == (8 * 34, 2 * 34, 3)
+    for flags, named in [
+        ("--classes 8", "'h'"), ("--classes 1,", "--classes"), ("--heads 3", "--heads 3"),
+        ("--guidance-interval 0.8,0.1", "LO,HI"), ("--guidance-interval 0.5", "LO,HI"), ("--guidance-interval x", "'x'"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            cli(*draw, *flags.split())
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1 and named in err, err
+
+def test_guidance_acts_in_its_interval():
+    a, calls = common.alpha_bar(common.cosine_betas()), []
+    model = lambda x, t, y: calls.append(len(x)) or x
+    model.num_classes = 10
+    denoise = dit.denoiser(model, a, torch.tensor([1, 2]), 3, (0.2, 0.8))
+    [denoise(torch.zeros(2, 1, 2, 2), torch.tensor([t, t])) for t in (999, 500, 100)]
+    assert calls == [2, 4, 2]
+
+def test_papers_parameter_counts():
+    count = lambda net: sum(p.numel() for p in net.parameters()) / 1e6
+    assert count(dit.DiT(384, 12, 6, 2)) == pytest.approx(32.48, abs=0.01)  # as the authors' code, in pixels
+    assert count(uvit.UViT(512, 12, 8, 2)) == pytest.approx(44.26, abs=0.01)
+
 def test_prompts_from_the_command_line(cli_of, capsys):
     cli = cli_of(ddim)
     cli.train("run", 30, "--lr", 0.01)
