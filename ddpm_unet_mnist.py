@@ -351,7 +351,7 @@ def main():
         write(torch.compile(model) if cfg.compile else model, cfg, cfg.out or "samples.png", cfg.n)
     elif model := train(cfg, state):
         write(model, cfg, cfg.out or f"{cfg.run_dir}/samples.png", cfg.n)
-    dist.destroy_process_group() if cfg.world > 1 else None
+    (dist.destroy_process_group(), sys.stdout.flush(), os._exit(0)) if cfg.world > 1 else None  # gloo may abort at exit
 
 if __name__ == "__main__":
     main()
