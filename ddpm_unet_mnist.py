@@ -147,17 +147,17 @@ def train(cfg, state):
     path = Path(cfg.run_dir, "ckpt.pt")
     with blame(f"--resume: {path} does not fit"):
         [part.load_state_dict(state[name]) for name, part in parts.items() if state]
+        rows = state["log"] if state else ["step,images,loss,val_loss,lr,grad_norm,images_per_s,seconds"]
+        seconds = state["seconds"] if state else 0.0
     with blame(f"--data-dir {cfg.data_dir}"):
         train_set, test_set, _ = load_data("MNIST", cfg.data_dir, SIZE, cfg.device)
 
     def save(step):
-        more = dict(script=NAME) | {name: getattr(cfg, name) for name in SAVED}
-        more = dict(step=step, log=rows, seconds=seconds, config=more)
+        config = dict(script=NAME) | {name: getattr(cfg, name) for name in SAVED}
+        more = dict(step=step, log=rows, seconds=seconds, config=config)
         with blame(f"{path} cannot be written (disk full?), and what was there still is"):
             torch.save({k: p.state_dict() for k, p in parts.items()} | more, f"{path}.tmp")
             os.replace(f"{path}.tmp", path)  # so that no kill leaves a torn file
-    rows = state["log"] if state else ["step,images,loss,val_loss,lr,grad_norm,images_per_s,seconds"]
-    seconds = state["seconds"] if state else 0.0
     say = print if cfg.rank == 0 else lambda *_, **__: None
     say(f"{cfg.device.type} x {cfg.world}, {cfg.dtype}, {sum(w.numel() for w in weights) / 1e6:.2f} M parameters")
     say(f"{cfg.data_dir}: {len(train_set[0])} images; {cfg.run_dir}: from step {first} to {cfg.max_steps}", flush=True)
@@ -310,7 +310,7 @@ def parse(**defaults):
     counts = "n steps batch_size save_every log_every warmup ema dim lr".split()
     for wrong, message in [
         *((getattr(cfg, k) <= 0, f"--{k.replace('_', '-')} {getattr(cfg, k)}: must be above 0") for k in counts),
-        (cfg.batch_size % cfg.world and not cfg.sample_only, f"--batch-size {cfg.batch_size}: {cfg.world} share it"),
+        (cfg.batch_size % cfg.world and not cfg.sample_only, f"--batch-size {cfg.batch_size}: not for {cfg.world} ranks"),
         (cfg.steps > T, f"--steps {cfg.steps}: there are {T}"),
         (not 0 <= cfg.eta <= 1, f"--eta {cfg.eta}: must be from 0 to 1"),
         (cfg.dim % 16, f"--dim {cfg.dim}: must be a multiple of 16"),
