@@ -343,7 +343,7 @@ def parse(**defaults):
     counts = "n steps batch_size save_every log_every warmup ema dim depth heads patch lr".split()
     for wrong, message in [
         *((getattr(cfg, k) <= 0, f"--{k.replace('_', '-')} {getattr(cfg, k)}: must be above 0") for k in counts),
-        (cfg.batch_size % cfg.world and not cfg.sample_only, f"--batch-size {cfg.batch_size}: not for {cfg.world} ranks"),
+        (not cfg.sample_only and cfg.batch_size % cfg.world, f"--batch-size {cfg.batch_size} over {cfg.world} ranks"),
         (cfg.steps > T, f"--steps {cfg.steps}: there are {T}"),
         (not 0 <= cfg.eta <= 1, f"--eta {cfg.eta}: must be from 0 to 1"),
         (cfg.dim % math.lcm(4, cfg.heads), f"--dim {cfg.dim}: must be a multiple of 4 and of --heads {cfg.heads}"),
