@@ -56,7 +56,7 @@ def captions(x0, y, u):
 def norm(channels):  # 16 channels fill a vector register: smaller groups take a CPU six times as long in channels_last
     return nn.GroupNorm(channels // 16, channels)
 
-def zero(layer):  # as a block's last layer: the block starts as the identity, and a deep stack of them learns at once
+def zero(layer):  # so that a block starts as the identity, and a deep stack of them learns at once
     nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
     return layer
 
@@ -133,7 +133,7 @@ def denoiser(model, alphas_cumprod, y=None, guidance=1.0):
     y: tokens (B, LENGTH), which guidance needs. Guidance 1 leaves v as it is, more moves it away from that of ""; it is
     1 + w in Ho & Salimans 2022, eq. 6."""
     def denoise(x_t, t):  # float (B, C, H, W), int64 (B,)
-        alpha_bar = alphas_cumprod[t][:, None, None, None]
+        alpha_bar = alphas_cumprod.to(t.device)[t][:, None, None, None]
         if guidance == 1:
             v = model(x_t, t, y)
         else:
@@ -180,18 +180,17 @@ def train(cfg, state):
     """Ho et al. 2020, algorithm 1. Returns the network of averaged weights, or None if a signal ends the run early.
     Step n is a function of (cfg.seed, n) and the weights it finds, whatever the number of processes and of restarts."""
     from common import alpha_bar, batch, cosine_betas, load_data, q_sample, x0_to_v
-
     torch.manual_seed(cfg.seed)  # the same first weights in every process
     model = UNet(dim=cfg.dim).to(cfg.device)
     ema = copy.deepcopy(model).requires_grad_(False)
     averages, weights = list(ema.parameters()), [w.detach() for w in model.parameters()]
     optimizer = torch.optim.Adam(model.parameters(), fused=cfg.device.type != "mps")
-    parts, first = dict(model=model, ema=ema, optimizer=optimizer), state["step"] if state else 0
-    path = Path(cfg.run_dir, "ckpt.pt")
+    parts, path = dict(model=model, ema=ema, optimizer=optimizer), Path(cfg.run_dir, "ckpt.pt")
+    first, rows, seconds = 0, ["step,images,loss,val_loss,lr,grad_norm,images_per_s,seconds"], 0.0
     with blame(f"--resume: {path} does not fit"):
-        [part.load_state_dict(state[name]) for name, part in parts.items() if state]
-        rows = state["log"] if state else ["step,images,loss,val_loss,lr,grad_norm,images_per_s,seconds"]
-        seconds = state["seconds"] if state else 0.0
+        if state:
+            [part.load_state_dict(state[name]) for name, part in parts.items()]
+            first, rows, seconds = state["step"], state["log"], state["seconds"]
     with blame(f"--data-dir {cfg.data_dir}"):
         train_set, test_set, classes = load_data("MNIST", cfg.data_dir, SIZE, cfg.device)
         assert len(classes) <= 10, f"{len(classes)} classes, and there are words for ten"
@@ -200,13 +199,12 @@ def train(cfg, state):
         config = dict(script=NAME) | {name: getattr(cfg, name) for name in SAVED}
         more = dict(step=step, log=rows, seconds=seconds, config=config)
         with blame(f"{path} cannot be written (disk full?), and what was there still is"):
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.save({k: p.state_dict() for k, p in parts.items()} | more, f"{path}.tmp")
             os.replace(f"{path}.tmp", path)  # so that no kill leaves a torn file
     say = print if cfg.rank == 0 else lambda *_, **__: None
     say(f"{cfg.device.type} x {cfg.world}, {cfg.dtype}, {sum(w.numel() for w in weights) / 1e6:.2f} M parameters")
     say(f"{cfg.data_dir}: {len(train_set[0])} images; {cfg.run_dir}: from step {first} to {cfg.max_steps}", flush=True)
-    with blame(f"--run-dir {cfg.run_dir}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
     save(0) if cfg.rank == 0 and not state else None
     alphas_cumprod = alpha_bar(cosine_betas(T)).to(cfg.device)
     net = torch.compile(model) if cfg.compile else model
@@ -232,9 +230,8 @@ def train(cfg, state):
         seen = step * cfg.batch_size
         half_life = min(cfg.ema, 0.05 * seen)  # images; it grows with the run, which so forgets its first, bad weights
         torch._foreach_lerp_(averages, weights, 1 - 0.5 ** (cfg.batch_size / half_life))
-        leaving = bool(stop) and cfg.world == 1
-        if cfg.world > 1 and step % 10 == 0:  # all processes must leave at the same step
-            leaving = total(torch.tensor(len(stop), device=cfg.device)).item() > 0
+        # several processes must leave at the same step
+        leaving = bool(stop) if cfg.world == 1 else step % 10 == 0 and total(torch.tensor(len(stop), device=cfg.device))
         saving = leaving or step == cfg.max_steps or step % cfg.save_every == 0
         reporting = step % cfg.log_every == 0 or step == first + 10
         if saving or reporting:  # not at every step, for here the host waits for the device
@@ -306,8 +303,7 @@ def save_picture(frames, path, rows=1):
     """float (looks, N, C, H, W) -> a grid, image i in row i % rows, that moves if there are several looks."""
     from PIL import Image
     frames = frames.mul(127.5).add(128).clamp(0, 255).byte().cpu()
-    frames = F.pad(frames, (1, 1, 1, 1)) if frames.shape[1] > 1 else frames
-    frames = F.pad(frames, (0, 0) * 3 + (0, -frames.shape[1] % rows))
+    frames = F.pad(frames, [int(frames.shape[1] > 1)] * 4 + [0, 0, 0, -frames.shape[1] % rows])
     pixels = rearrange(frames, "looks (columns rows) c h w -> looks (rows h) (columns w) c", rows=rows)
     first, *rest = [Image.fromarray(p.numpy()) for p in pixels.expand(-1, -1, -1, 3).contiguous()]
     more = dict(save_all=True, append_images=rest, duration=[60] * len(rest) + [2000], loop=0) if rest else {}

@@ -8,7 +8,7 @@ adaLN-Zero: they shift, scale and gate what every block does, and at first all g
     torchrun --standalone --nproc_per_node=8 dit_cifar10.py  # the same on eight GPUs
 """
 
-import argparse, contextlib, copy, math, os, signal, sys, time
+import argparse, contextlib, copy, functools, math, os, re, signal, sys, time
 from pathlib import Path
 
 import torch
@@ -16,12 +16,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 NAME, T, CHANNELS, SIZE = Path(__file__).stem, 1000, 3, 32
 
 # ---- The network: a transformer on patches (Peebles & Xie 2022, section 3)
-def zero(layer):  # as a block's last layer: the block starts as the identity, and a deep stack of them learns at once
+def zero(layer):  # so that a block starts as the identity, and a deep stack of them learns at once
     nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
     return layer
 
@@ -30,11 +29,6 @@ def timestep_embedding(t, dim):
     angles = t[:, None] * torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
-def positions_2d(dim, size):
-    """(size * size, dim): half of the channels tell the row, half the column, in sines and cosines. Not learned."""
-    row, column = torch.arange(size).repeat_interleave(size), torch.arange(size).repeat(size)
-    return torch.cat([timestep_embedding(row, dim // 2), timestep_embedding(column, dim // 2)], dim=1)
-
 class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
@@ -42,8 +36,9 @@ class Attention(nn.Module):
 
     def forward(self, x):  # (B, N, D)
         q, k, v = rearrange(self.qkv(x), "b n (qkv heads d) -> qkv b heads n d", qkv=3, heads=self.heads)
-        with sdpa_kernel(SDPBackend.MATH) if x.is_cpu else contextlib.nullcontext():  # a CPU is slow at fused gradients
-            return self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n d -> b n (heads d)"))
+        # on a CPU, the formula is more than twice as fast as what PyTorch has for it
+        x = (q * q.shape[-1]**-0.5 @ k.mT).softmax(dim=-1) @ v if x.is_cpu else F.scaled_dot_product_attention(q, k, v)
+        return self.out(rearrange(x, "b heads n d -> b n (heads d)"))
 
 class Block(nn.Module):
     """Attention and MLP, each shifted and scaled before and gated after, as the condition says (adaLN-Zero)."""
@@ -55,7 +50,7 @@ class Block(nn.Module):
         self.modulation = zero(nn.Linear(dim, 6 * dim))  # all gates shut: the block starts as the identity
 
     def forward(self, x, c):  # (B, N, D), (B, D) -> (B, N, D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).float()[:, None].chunk(6, dim=-1)
         x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
@@ -66,7 +61,8 @@ class DiT(nn.Module):
         super().__init__()
         self.patch, self.num_classes = dict(p=patch, q=patch), num_classes
         self.embed = nn.Linear(channels * patch**2, dim)
-        self.register_buffer("positions", positions_2d(dim, size // patch), persistent=False)
+        grid = torch.cartesian_prod(*[torch.arange(size // patch)] * 2).flatten()  # row, column, row, ..
+        self.register_buffer("positions", timestep_embedding(grid, dim // 2).view(-1, dim), persistent=False)
         self.time = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.label = nn.Embedding.from_pretrained(0.02 * torch.randn(num_classes + 1, dim), freeze=False)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
@@ -79,7 +75,7 @@ class DiT(nn.Module):
         h = self.embed(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", **self.patch)) + self.positions
         for block in self.blocks:
             h = block(h, c)  # (B, N, D)
-        shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)
+        shift, scale = self.modulation(c).float()[:, None].chunk(2, dim=-1)
         h = self.head(self.norm(h) * (1 + scale) + shift)
         return rearrange(h, "b (h w) (c p q) -> b c (h p) (w q)", h=x.shape[2] // self.patch["p"], **self.patch).float()
 
@@ -89,7 +85,7 @@ def denoiser(model, alphas_cumprod, y=None, guidance=1.0, interval=(0.0, 1.0)):
     y: classes (B,), which guidance needs. Guidance 1 leaves v as it is, more moves it away from that of the null class;
     it is 1 + w in Ho & Salimans 2022 (2207.12598), eq. 6, for t / T in `interval` (2404.07724, of sigma there)."""
     def denoise(x_t, t):  # float (B, C, H, W), int64 (B,)
-        alpha_bar, (low, high) = alphas_cumprod[t][:, None, None, None], interval
+        alpha_bar, (low, high) = alphas_cumprod.to(t.device)[t][:, None, None, None], interval
         if guidance == 1 or (low, high) != (0, 1) and not low <= t[0].item() / len(alphas_cumprod) <= high:
             v = model(x_t, t, y)
         else:
@@ -135,56 +131,57 @@ def ddim_sample(denoise, x, alphas_cumprod, steps=50, eta=0.0, randn=torch.randn
 
 def dpm_solver_sample(denoise, x, alphas_cumprod, steps=15, randn=None):
     """DPM-Solver++(2M) (Lu et al. 2022, 2211.01095, algorithm 2): x0_hat is extrapolated from this step and the last.
-    The rest is as in ddpm_sample, but `steps` is a number, the most there will be: at the times nearest to even ones in
-    lambda = log(alpha / sigma), each once. No noise is drawn."""
+    The rest is as in ddpm_sample, but `steps` is a number: of times evenly spaced in lambda = log(alpha / sigma), those
+    that round to the same t being one. They start at -5.1: a cosine schedule has little but noise before it."""
     alpha_bar = alphas_cumprod.cpu().double()  # in this order: an Apple GPU has no float64
-    lambdas = (alpha_bar.log() - (1 - alpha_bar).log()) / 2
-    even = torch.linspace(lambdas[-1], lambdas[0], max(steps, 2), dtype=torch.float64)[:steps]
+    lambdas = alpha_bar.logit() / 2
+    even = torch.linspace(max(lambdas[-1].item(), -5.1), lambdas[0], max(steps, 2), dtype=torch.float64)[:steps]
     ts = sorted({(lambdas - value).abs().argmin().item() for value in even}, reverse=True)
     x0_before = h_before = None
     for t, t_next in zip(ts, ts[1:] + [-1]):
         x0 = denoise(x, torch.full((len(x),), t, device=x.device))
         if t_next < 0:
             return x0
-        h = (lambdas[t_next] - lambdas[t]).item()
+        a, a_next, h = alpha_bar[t].item(), alpha_bar[t_next].item(), (lambdas[t_next] - lambdas[t]).item()
         d = x0 if x0_before is None else x0 + h / (2 * h_before) * (x0 - x0_before)
-        sigma, sigma_next = math.sqrt(1 - alpha_bar[t]), math.sqrt(1 - alpha_bar[t_next])
-        x = sigma_next / sigma * x - math.sqrt(alpha_bar[t_next]) * math.expm1(-h) * d
+        x = math.sqrt((1 - a_next) / (1 - a)) * x - math.sqrt(a_next) * math.expm1(-h) * d
         x0_before, h_before = x0, h
 
 def train(cfg, state):
     """Ho et al. 2020, algorithm 1. Returns the network of averaged weights, or None if a signal ends the run early.
     Step n is a function of (cfg.seed, n) and the weights it finds, whatever the number of processes and of restarts."""
-    from common import alpha_bar, batch, cosine_betas, load_data, q_sample, x0_to_v
-
+    from common import alpha_bar, batch, cosine_betas, load_data, min_snr_weights, q_sample, x0_to_v
     torch.manual_seed(cfg.seed)  # the same first weights in every process
     with blame(f"--data-dir {cfg.data_dir}"):
         train_set, test_set, cfg.names = load_data("CIFAR10", cfg.data_dir, SIZE, cfg.device)
     cfg.chosen = choose(cfg)
     model = DiT(*(getattr(cfg, name) for name in SHAPE), len(cfg.names)).to(cfg.device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    averages, weights = list(ema.parameters()), [w.detach() for w in model.parameters()]
-    optimizer = torch.optim.Adam(model.parameters(), fused=cfg.device.type != "mps")
-    parts, first = dict(model=model, ema=ema, optimizer=optimizer), state["step"] if state else 0
-    path = Path(cfg.run_dir, "ckpt.pt")
+    averages, named = list(ema.parameters()), dict(model.named_parameters())
+    hidden = [k for k, w in named.items() if cfg.muon and w.ndim == 2 and re.search("attention|mlp|skip", k)]
+    adam = torch.optim.Adam([w for k, w in named.items() if k not in hidden], fused=cfg.device.type != "mps")
+    parts, path = dict(model=model, ema=ema, optimizer=adam), Path(cfg.run_dir, "ckpt.pt")
+    if hidden:  # Muon's updates, scaled to the size that Adam's would have, so that one --lr serves both
+        parts["muon"] = torch.optim.Muon([named[k] for k in hidden], weight_decay=0, adjust_lr_fn="match_rms_adamw")
+    first, rows, seconds = 0, ["step,images,loss,val_loss,lr,grad_norm,images_per_s,seconds"], 0.0
     with blame(f"--resume: {path} does not fit"):
-        [part.load_state_dict(state[name]) for name, part in parts.items() if state]
-        rows = state["log"] if state else ["step,images,loss,val_loss,lr,grad_norm,images_per_s,seconds"]
-        seconds = state["seconds"] if state else 0.0
+        if state:
+            [part.load_state_dict(state[name]) for name, part in parts.items()]
+            first, rows, seconds = state["step"], state["log"], state["seconds"]
 
     def save(step):
-        config = dict(script=NAME) | {name: getattr(cfg, name) for name in SAVED + SHAPE}
+        config = dict(script=NAME, names=cfg.names) | {name: getattr(cfg, name) for name in SAVED + SHAPE}
         more = dict(step=step, log=rows, seconds=seconds, config=config)
         with blame(f"{path} cannot be written (disk full?), and what was there still is"):
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.save({k: p.state_dict() for k, p in parts.items()} | more, f"{path}.tmp")
             os.replace(f"{path}.tmp", path)  # so that no kill leaves a torn file
     say = print if cfg.rank == 0 else lambda *_, **__: None
-    say(f"{cfg.device.type} x {cfg.world}, {cfg.dtype}, {sum(w.numel() for w in weights) / 1e6:.2f} M parameters")
+    say(f"{cfg.device.type} x {cfg.world}, {cfg.dtype}, {sum(w.numel() for w in averages) / 1e6:.2f} M parameters")
     say(f"{cfg.data_dir}: {len(train_set[0])} images; {cfg.run_dir}: from step {first} to {cfg.max_steps}", flush=True)
-    with blame(f"--run-dir {cfg.run_dir}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
     save(0) if cfg.rank == 0 and not state else None
     alphas_cumprod = alpha_bar(cosine_betas(T)).to(cfg.device)
+    weight = min_snr_weights(alphas_cumprod, "v", cfg.min_snr) if cfg.min_snr > 0 else torch.ones_like(alphas_cumprod)
     net = torch.compile(model) if cfg.compile else model
     net = nn.parallel.DistributedDataParallel(net) if cfg.world > 1 else net
 
@@ -192,25 +189,26 @@ def train(cfg, state):
         x0, y, t, noise, u = batch(*data, T, *which, **share)
         x_t, y = q_sample(x0, t, noise, alphas_cumprod), torch.where(u < 0.1, len(cfg.names), y)  # for guidance
         with cfg.autocast:
-            return F.mse_loss(net(x_t, t, y), x0_to_v(x_t, t, x0, alphas_cumprod))
+            v = net(x_t, t, y)
+        return (weight[t] * (v - x0_to_v(x_t, t, x0, alphas_cumprod)).square().mean(dim=(1, 2, 3))).mean()
 
     total = (lambda x: dist.all_reduce(x) or x) if cfg.world > 1 else lambda x: x  # over all processes
     stop, recent, tick, ticked = [], [], time.perf_counter(), first
     old = {n: signal.signal(n, lambda *_: stop.append(True)) for n in (signal.SIGINT, signal.SIGTERM)}
     for step in range(first + 1, cfg.max_steps + 1):
-        # Ho et al. keep the rate constant; falling, it gave lower losses on MNIST, and needs no end of a run to aim for
-        lr = optimizer.param_groups[0]["lr"] = cfg.lr * min(step / cfg.warmup, math.sqrt(cfg.warmup / step))
+        # the paper's rate is constant; one that falls like this needs no end of the run to aim for, as a cosine does
+        lr = cfg.lr * min(step / cfg.warmup, math.sqrt(cfg.warmup / step))
         loss = loss_of(net, train_set, cfg.batch_size, cfg.seed, step, flip=True, rank=cfg.rank, world=cfg.world)
         loss.backward()
         recent.append(torch.stack([loss.detach(), nn.utils.clip_grad_norm_(model.parameters(), 1.0)]))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in [parts[name] for name in ("optimizer", "muon") if name in parts]:
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step(), optimizer.zero_grad()
         seen = step * cfg.batch_size
         half_life = min(cfg.ema, 0.05 * seen)  # images; it grows with the run, which so forgets its first, bad weights
-        torch._foreach_lerp_(averages, weights, 1 - 0.5 ** (cfg.batch_size / half_life))
-        leaving = bool(stop) and cfg.world == 1
-        if cfg.world > 1 and step % 10 == 0:  # all processes must leave at the same step
-            leaving = total(torch.tensor(len(stop), device=cfg.device)).item() > 0
+        torch._foreach_lerp_(averages, [w.data for w in named.values()], 1 - 0.5 ** (cfg.batch_size / half_life))
+        # several processes must leave at the same step
+        leaving = bool(stop) if cfg.world == 1 else step % 10 == 0 and total(torch.tensor(len(stop), device=cfg.device))
         saving = leaving or step == cfg.max_steps or step % cfg.save_every == 0
         reporting = step % cfg.log_every == 0 or step == first + 10
         if saving or reporting:  # not at every step, for here the host waits for the device
@@ -246,17 +244,15 @@ def draw(model, cfg, index, looks=1):
     y = torch.tensor([cfg.chosen[i % len(cfg.chosen)] for i in index], device=cfg.device)
     denoise, frames = cfg.autocast(denoiser(model, alphas_cumprod, y, cfg.guidance, cfg.guidance_interval)), []
     watch = lambda x_t, t: looks > 1 and frames.append(x_t) or denoise(x_t, t)
-    sampler = dict(ddpm=ddpm_sample, ddim=ddim_sample, dpm=dpm_solver_sample)[cfg.sampler]
-    more = dict(eta=cfg.eta) if cfg.sampler == "ddim" else {}
-    frames.append(sampler(watch, next(noise), alphas_cumprod, cfg.steps, randn=lambda _: next(noise), **more))
+    walk = dict(ddpm=ddpm_sample, ddim=functools.partial(ddim_sample, eta=cfg.eta), dpm=dpm_solver_sample)[cfg.sampler]
+    frames.append(walk(watch, next(noise), alphas_cumprod, cfg.steps, randn=lambda _: next(noise)))
     return torch.stack([frames[(len(frames) - 1) * (i + 1) // looks] for i in range(looks)])
 
 def save_picture(frames, path, rows=1):
     """float (looks, N, C, H, W) -> a grid, image i in row i % rows, that moves if there are several looks."""
     from PIL import Image
     frames = frames.mul(127.5).add(128).clamp(0, 255).byte().cpu()
-    frames = F.pad(frames, (1, 1, 1, 1)) if frames.shape[1] > 1 else frames
-    frames = F.pad(frames, (0, 0) * 3 + (0, -frames.shape[1] % rows))
+    frames = F.pad(frames, [int(frames.shape[1] > 1)] * 4 + [0, 0, 0, -frames.shape[1] % rows])
     pixels = rearrange(frames, "looks (columns rows) c h w -> looks (rows h) (columns w) c", rows=rows)
     first, *rest = [Image.fromarray(p.numpy()) for p in pixels.expand(-1, -1, -1, 3).contiguous()]
     more = dict(save_all=True, append_images=rest, duration=[60] * len(rest) + [2000], loop=0) if rest else {}
@@ -291,7 +287,7 @@ def write(model, cfg, out, n):
         print(out, "(what was there before is kept)" if folder else "", flush=True)
 
 # ---- The command line. What is SAVED in a checkpoint is what --resume takes from there, where no flag says otherwise
-SAVED = "data_dir batch_size max_steps lr warmup ema save_every sample_every log_every seed dtype names".split()
+SAVED = "data_dir batch_size max_steps muon lr min_snr warmup ema save_every sample_every log_every seed dtype".split()
 SHAPE = "dim depth heads patch".split()
 
 def die(message):  # for what the user can put right: one line, exit code 2, no traceback
@@ -323,11 +319,14 @@ def parse(**defaults):
     flag("--data-dir", default="data", metavar="PATH", help="CIFAR-10, or train/<class>/*.png (%(default)s)")
     flag("--run-dir", default=f"runs/{NAME}", metavar="PATH", help="ckpt.pt, log.csv, samples (%(default)s)")
     flag("--resume", action="store_true", help="continue the run in --run-dir, if any, with the flags it had")
-    flag("--batch-size", type=int, default=64, metavar="N", help="images, over all processes (%(default)s)")
-    flag("--max-steps", type=int, default=20000, metavar="N", help="to train in all (%(default)s)")
-    flag("--lr", type=float, default=1e-3, metavar="X", help="Adam's learning rate at its highest (%(default)s)")
-    flag("--warmup", type=int, default=1000, metavar="N", help="steps from 0 to --lr, then 1/sqrt(step) (%(default)s)")
-    flag("--ema", type=int, default=50000, metavar="N", help="half-life of the averages, in images (%(default)s)")
+    flag("--batch-size", type=int, default=256, metavar="N", help="images, over all processes (%(default)s)")
+    flag("--max-steps", type=int, default=80000, metavar="N", help="to train in all (%(default)s)")
+    switch, muon = argparse.BooleanOptionalAction, hasattr(torch.optim, "Muon")  # PyTorch has it since 2.9
+    flag("--muon", action=switch, default=muon, help="for the matrices of attention and MLP; Adam has the rest, or all")
+    flag("--lr", type=float, default=3e-3 if muon else 1e-3, metavar="X", help="highest learning rate (%(default)s)")
+    flag("--min-snr", type=float, default=5.0, metavar="X", help="gamma of 2303.09556; 0: no weights (%(default)s)")
+    flag("--warmup", type=int, default=500, metavar="N", help="steps from 0 to --lr, then 1/sqrt(step) (%(default)s)")
+    flag("--ema", type=int, default=500000, metavar="N", help="half-life of the averages, in images (%(default)s)")
     flag("--save-every", type=int, default=500, metavar="N", help="steps (%(default)s)")
     flag("--sample-every", type=int, default=2000, metavar="N", help="steps, 0 is never (%(default)s)")
     flag("--log-every", type=int, default=100, metavar="N", help="steps (%(default)s)")
@@ -337,7 +336,7 @@ def parse(**defaults):
     flag("--patch", type=int, default=2, metavar="N", help="pixels, the side of a token (%(default)s)")
     flag("--device", metavar="NAME", help="where to compute (cuda, else mps, else cpu)")
     flag("--dtype", choices=["float32", "bfloat16"], help="of the network (bfloat16 where the hardware has it)")
-    flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (for training on cuda)")
+    flag("--compile", action=switch, help="torch.compile (for training on cuda)")
     cfg = p.parse_args(namespace=argparse.Namespace(**defaults))
     cfg.rank, cfg.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     counts = "n steps batch_size save_every log_every warmup ema dim depth heads patch lr".split()
@@ -348,6 +347,7 @@ def parse(**defaults):
         (not 0 <= cfg.eta <= 1, f"--eta {cfg.eta}: must be from 0 to 1"),
         (cfg.dim % math.lcm(4, cfg.heads), f"--dim {cfg.dim}: must be a multiple of 4 and of --heads {cfg.heads}"),
         (len(g := cfg.guidance_interval) != 2 or not 0 <= g[0] <= g[1] <= 1, f"--guidance-interval {g}: not LO,HI"),
+        (cfg.muon and not muon, "--muon: needs PyTorch 2.9 or newer; a new run can do with --no-muon"),
         (SIZE % cfg.patch, f"--patch {cfg.patch}: must divide {SIZE}"),
         (not (cfg.out or "/").endswith((".png", ".gif", "/")), f"--out {cfg.out}: must end in .png, .gif or /"),
     ]:
