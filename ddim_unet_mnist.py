@@ -9,7 +9,7 @@ image and its noise can be turned into each other (Song et al. 2020, 2010.02502)
     torchrun --standalone --nproc_per_node=8 ddim_unet_mnist.py  # the same on eight GPUs
 """
 
-import argparse, contextlib, copy, math, os, signal, sys, time
+import argparse, contextlib, copy, math, os, shutil, signal, sys, time
 from pathlib import Path
 
 import torch
@@ -158,8 +158,7 @@ def ddpm_sample(denoise, x, alphas_cumprod, steps=1000, variance="small", randn=
         x0 = denoise(x, torch.full((len(x),), t, device=x.device))
         beta, left = 1 - a / a_next, (1 - a_next) / (1 - a)
         x = math.sqrt(a_next) * beta / (1 - a) * x0 + math.sqrt(1 - beta) * left * x  # eq. 7
-        if t_next >= 0:
-            x = x + math.sqrt(beta if variance == "large" else left * beta) * randn(x)
+        x = x + math.sqrt(beta if variance == "large" else left * beta) * randn(x) if t_next >= 0 else x
     return x
 
 def ddim_sample(denoise, x, alphas_cumprod, steps=50, eta=0.0, randn=torch.randn_like):
@@ -172,8 +171,7 @@ def ddim_sample(denoise, x, alphas_cumprod, steps=50, eta=0.0, randn=torch.randn
         eps = (x - math.sqrt(a) * x0) / math.sqrt(1 - a)
         sigma = eta * math.sqrt(max((1 - a_next) / (1 - a) * (1 - a / a_next), 0))  # eq. 16
         x = math.sqrt(a_next) * x0 + math.sqrt(1 - a_next - sigma**2) * eps
-        if sigma > 0:
-            x = x + sigma * randn(x)
+        x = x + sigma * randn(x) if sigma > 0 else x
     return x
 
 def train(cfg, state):
@@ -186,18 +184,17 @@ def train(cfg, state):
     averages, weights = list(ema.parameters()), [w.detach() for w in model.parameters()]
     optimizer = torch.optim.Adam(model.parameters(), fused=cfg.device.type != "mps")
     parts, path = dict(model=model, ema=ema, optimizer=optimizer), Path(cfg.run_dir, "ckpt.pt")
-    first, rows, seconds = 0, ["step,images,loss,val_loss,lr,grad_norm,images_per_s,seconds"], 0.0
+    new = dict(step=0, log=["step,images,loss,val_loss,lr,grad_norm,images_per_s,seconds"], seconds=0.0)
     with blame(f"--resume: {path} does not fit"):
-        if state:
-            [part.load_state_dict(state[name]) for name, part in parts.items()]
-            first, rows, seconds = state["step"], state["log"], state["seconds"]
+        [part.load_state_dict(state[name]) for name, part in parts.items() if state]
+        first, rows, seconds = [(state or new)[name] for name in new]
     with blame(f"--data-dir {cfg.data_dir}"):
         train_set, test_set, classes = load_data("MNIST", cfg.data_dir, SIZE, cfg.device)
         assert len(classes) <= 10, f"{len(classes)} classes, and there are words for ten"
 
     def save(step):
         config = dict(script=NAME) | {name: getattr(cfg, name) for name in SAVED}
-        more = dict(step=step, log=rows, seconds=seconds, config=config)
+        more = dict(step=step, log=rows, seconds=seconds, config=config, job=os.environ.get("TORCHELASTIC_RUN_ID"))
         with blame(f"{path} cannot be written (disk full?), and what was there still is"):
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save({k: p.state_dict() for k, p in parts.items()} | more, f"{path}.tmp")
@@ -215,7 +212,6 @@ def train(cfg, state):
         x_t, y = q_sample(x0, t, noise, alphas_cumprod), captions(x0, y, u)
         with cfg.autocast:
             return F.mse_loss(net(x_t, t, y), x0_to_v(x_t, t, x0, alphas_cumprod))
-
     total = (lambda x: dist.all_reduce(x) or x) if cfg.world > 1 else lambda x: x  # over all processes
     stop, recent, tick, ticked = [], [], time.perf_counter(), first
     old = {n: signal.signal(n, lambda *_: stop.append(True)) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -225,12 +221,10 @@ def train(cfg, state):
         loss = loss_of(net, train_set, cfg.batch_size, cfg.seed, step, rank=cfg.rank, world=cfg.world)
         loss.backward()
         recent.append(torch.stack([loss.detach(), nn.utils.clip_grad_norm_(model.parameters(), 1.0)]))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.step(), optimizer.zero_grad()
         seen = step * cfg.batch_size
         half_life = min(cfg.ema, 0.05 * seen)  # images; it grows with the run, which so forgets its first, bad weights
         torch._foreach_lerp_(averages, weights, 1 - 0.5 ** (cfg.batch_size / half_life))
-        # several processes must leave at the same step
         leaving = bool(stop) if cfg.world == 1 else step % 10 == 0 and total(torch.tensor(len(stop), device=cfg.device))
         saving = leaving or step == cfg.max_steps or step % cfg.save_every == 0
         reporting = step % cfg.log_every == 0 or step == first + 10
@@ -250,7 +244,7 @@ def train(cfg, state):
             with blame(f"--run-dir {cfg.run_dir}"):
                 Path(cfg.run_dir, "log.csv").write_text("\n".join([*rows, ""])) if cfg.rank == 0 else None
         save(step) if saving and cfg.rank == 0 else None
-        if leaving:
+        if leaving:  # several processes do so at the same step
             return say(f"stopped after step {step}; --resume continues", flush=True)
         if cfg.sample_every and step % cfg.sample_every == 0:
             write(ema, cfg, f"{cfg.run_dir}/samples-{step:07d}.png", min(cfg.n, 80))
@@ -326,9 +320,8 @@ def write(model, cfg, out, n):
         for k, i in enumerate(index if folder else ()):
             save_picture(images[:, k : k + 1], path(i))
         drawn += [] if folder else [images]
-        if cfg.rank == 0:
-            left = (time.perf_counter() - start) / (at + len(index)) * (len(mine) - at - len(index))
-            print(f"{at + len(index)} of {len(mine)} images, {left:.0f} s left", flush=True)
+        left = (time.perf_counter() - start) / (at + len(index)) * (len(mine) - at - len(index))
+        print(f"{at + len(index)} of {len(mine)} images, {left:.0f} s left", flush=True) if cfg.rank == 0 else None
     if cfg.world > 1 and not folder:
         dist.all_gather_object(shares := [None] * cfg.world, drawn)
         drawn = sum(shares, [])
@@ -354,31 +347,29 @@ def blame(what):
 def parse(**defaults):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.error, flag = lambda message: die(f"{message} (see --help)"), p.add_argument
+    def number(name, x, help): flag(name, type=type(x), default=x, metavar="N", help=f"{help} (%(default)s)")
     flag("--sample-only", action="store_true", help="draw and exit; without it, train and then draw")
     flag("--ckpt", metavar="PATH", help=f"weights to draw from (the run's, else checkpoints/{NAME}.pt)")
     flag("--sampler", choices=["ddpm", "ddim"], default="ddim", help="(%(default)s)")
-    flag("--steps", type=int, default=20, metavar="N", help=f"of at most {T}; ddpm wants more than ddim (%(default)s)")
-    flag("--eta", type=float, default=0.0, metavar="X", help="noise in ddim: 0 is none, 1 is ddpm (%(default)s)")
+    number("--steps", 20, f"of at most {T}; ddpm wants more than ddim")
+    number("--eta", 0.0, "noise in ddim: 0 is none, 1 is ddpm")
     flag("--prompt", action="append", metavar="TEXT", help='"a thick seven leaning left", a row each')
     flag("--classes", metavar="N,N", help="the same as prompts that name the class alone (all of them)")
-    flag("--guidance", type=float, default=2.0, metavar="X", help="1 is none, more obeys the prompt more (%(default)s)")
+    number("--guidance", 2.0, "1 is none, more obeys the prompt more")
     flag("--interpolate", action="store_true", help="draw rows whose noise goes from one to another")
     flag("--invert", metavar="IMAGE", help="find its noise, under the first prompt, and redraw it under all of them")
     flag("-n", "--n", type=int, default=80, metavar="N", help="images (%(default)s)")
-    flag("--seed", type=int, default=0, metavar="N", help="of the images, or of the training (%(default)s)")
+    number("--seed", 0, "of the images, or of the training")
     flag("--out", metavar="PATH", help="x.png a grid, x.gif the way to it, x/ a PNG per image (samples.png)")
     flag("--data-dir", default="data", metavar="PATH", help="MNIST, or train/<class>/*.png (%(default)s)")
     flag("--run-dir", default=f"runs/{NAME}", metavar="PATH", help="ckpt.pt, log.csv, samples (%(default)s)")
     flag("--resume", action="store_true", help="continue the run in --run-dir, if any, with the flags it had")
-    flag("--batch-size", type=int, default=64, metavar="N", help="images, over all processes (%(default)s)")
-    flag("--max-steps", type=int, default=20000, metavar="N", help="to train in all (%(default)s)")
-    flag("--lr", type=float, default=1e-3, metavar="X", help="Adam's learning rate at its highest (%(default)s)")
-    flag("--warmup", type=int, default=1000, metavar="N", help="steps from 0 to --lr, then 1/sqrt(step) (%(default)s)")
-    flag("--ema", type=int, default=50000, metavar="N", help="half-life of the averages, in images (%(default)s)")
-    flag("--save-every", type=int, default=500, metavar="N", help="steps (%(default)s)")
-    flag("--sample-every", type=int, default=2000, metavar="N", help="steps, 0 is never (%(default)s)")
-    flag("--log-every", type=int, default=100, metavar="N", help="steps (%(default)s)")
-    flag("--dim", type=int, default=48, metavar="N", help="channels at 28 x 28, a multiple of 16 (%(default)s)")
+    number("--batch-size", 64, "images, over all processes"), number("--max-steps", 20000, "to train in all")
+    number("--lr", 1e-3, "the highest learning rate"), number("--warmup", 1000, "steps up to it, then 1/sqrt(step)")
+    number("--ema", 50000, "half-life of the averages, in images")
+    number("--save-every", 500, "steps"), number("--log-every", 100, "steps")
+    number("--sample-every", 2000, "steps, 0 is never")
+    number("--dim", 48, "channels at 28 x 28, a multiple of 16")
     flag("--device", metavar="NAME", help="where to compute (cuda, else mps, else cpu)")
     flag("--dtype", choices=["float32", "bfloat16"], help="of the network (bfloat16 where the hardware has it)")
     flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (for training on cuda)")
@@ -410,11 +401,12 @@ def main():
     ckpt, shipped = Path(cfg.run_dir, "ckpt.pt"), Path(__file__).with_name("checkpoints") / f"{NAME}.pt"
     if cfg.sample_only:
         ckpt = Path(cfg.ckpt or (ckpt if ckpt.exists() else shipped))
-    elif ckpt.exists() and not cfg.resume:
-        die(f"--run-dir {cfg.run_dir} holds a run: continue it with --resume, or name another folder")
     with blame(f"{ckpt} cannot be read as a checkpoint of {NAME}; --ckpt names another"):
         state = torch.load(ckpt, map_location="cpu", weights_only=True) if cfg.sample_only or ckpt.exists() else None
         assert not state or state["config"]["script"] == NAME, f"it is one of {state['config']['script']}"
+    restarted, job = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "RUN_ID"))  # torchrun
+    if state and not (cfg.sample_only or cfg.resume or restarted != "0" and state.get("job") == job):
+        die(f"--run-dir {cfg.run_dir} holds a run: continue it with --resume, or name another folder")
     cfg = cfg if cfg.sample_only else parse(**(state["config"] if state else dict(script=NAME)))
     found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     with blame(f"--device {cfg.device or found}"):
@@ -428,6 +420,8 @@ def main():
     cfg.autocast = torch.autocast(cfg.device.type if half else "cpu", torch.bfloat16, enabled=half)
     triton = chip >= (7, 0) and os.name != "nt"  # torch.compile needs it; it knows neither Windows nor older chips
     cfg.compile = triton and not cfg.sample_only if cfg.compile is None else cfg.compile
+    if cfg.compile and not any(map(shutil.which, ["cc", "gcc", "clang", "cl"])):
+        cfg.compile = print("--compile is left out: it needs a C compiler, and there is none")
     dist.init_process_group("nccl" if cuda and dist.is_nccl_available() else "gloo") if cfg.world > 1 else None
     if cfg.sample_only:
         with blame(f"{ckpt} does not fit {NAME}.py"):

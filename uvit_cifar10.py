@@ -8,7 +8,7 @@ its first half to its second, as in a UNet, bring the details round the middle. 
     torchrun --standalone --nproc_per_node=8 uvit_cifar10.py  # the same on eight GPUs
 """
 
-import argparse, contextlib, copy, functools, math, os, re, signal, sys, time
+import argparse, contextlib, copy, functools, math, os, re, shutil, signal, sys, time
 from pathlib import Path
 
 import torch
@@ -32,8 +32,8 @@ class Attention(nn.Module):
 
     def forward(self, x):  # (B, N, D)
         q, k, v = rearrange(self.qkv(x), "b n (qkv heads d) -> qkv b heads n d", qkv=3, heads=self.heads)
-        # on a CPU, the formula is more than twice as fast as what PyTorch has for it
-        x = (q * q.shape[-1]**-0.5 @ k.mT).softmax(dim=-1) @ v if x.is_cpu else F.scaled_dot_product_attention(q, k, v)
+        slow = q.is_cpu and q.dtype is torch.bfloat16  # where the formula is twice as fast as PyTorch's kernel
+        x = (q * q.shape[-1]**-0.5 @ k.mT).softmax(dim=-1) @ v if slow else F.scaled_dot_product_attention(q, k, v)
         return self.out(rearrange(x, "b heads n d -> b n (heads d)"))
 
 class Block(nn.Module):
@@ -110,8 +110,7 @@ def ddpm_sample(denoise, x, alphas_cumprod, steps=1000, variance="small", randn=
         x0 = denoise(x, torch.full((len(x),), t, device=x.device))
         beta, left = 1 - a / a_next, (1 - a_next) / (1 - a)
         x = math.sqrt(a_next) * beta / (1 - a) * x0 + math.sqrt(1 - beta) * left * x  # eq. 7
-        if t_next >= 0:
-            x = x + math.sqrt(beta if variance == "large" else left * beta) * randn(x)
+        x = x + math.sqrt(beta if variance == "large" else left * beta) * randn(x) if t_next >= 0 else x
     return x
 
 def ddim_sample(denoise, x, alphas_cumprod, steps=50, eta=0.0, randn=torch.randn_like):
@@ -124,8 +123,7 @@ def ddim_sample(denoise, x, alphas_cumprod, steps=50, eta=0.0, randn=torch.randn
         eps = (x - math.sqrt(a) * x0) / math.sqrt(1 - a)
         sigma = eta * math.sqrt(max((1 - a_next) / (1 - a) * (1 - a / a_next), 0))  # eq. 16
         x = math.sqrt(a_next) * x0 + math.sqrt(1 - a_next - sigma**2) * eps
-        if sigma > 0:
-            x = x + sigma * randn(x)
+        x = x + sigma * randn(x) if sigma > 0 else x
     return x
 
 def dpm_solver_sample(denoise, x, alphas_cumprod, steps=15, randn=None):
@@ -137,14 +135,27 @@ def dpm_solver_sample(denoise, x, alphas_cumprod, steps=15, randn=None):
     even = torch.linspace(max(lambdas[-1].item(), -5.1), lambdas[0], max(steps, 2), dtype=torch.float64)[:steps]
     ts = sorted({(lambdas - value).abs().argmin().item() for value in even}, reverse=True)
     x0_before = h_before = None
-    for t, t_next in zip(ts, ts[1:] + [-1]):
+    for t, t_next in zip(ts, ts[1:]):
         x0 = denoise(x, torch.full((len(x),), t, device=x.device))
-        if t_next < 0:
-            return x0
         a, a_next, h = alpha_bar[t].item(), alpha_bar[t_next].item(), (lambdas[t_next] - lambdas[t]).item()
         d = x0 if x0_before is None else x0 + h / (2 * h_before) * (x0 - x0_before)
         x = math.sqrt((1 - a_next) / (1 - a)) * x - math.sqrt(a_next) * math.expm1(-h) * d
         x0_before, h_before = x0, h
+    return denoise(x, torch.full((len(x),), ts[-1], device=x.device))  # first order, to where there is no noise
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal by five Newton-Schulz steps (Jordan et al. 2024, kellerjordan.github.io/posts/muon) and
+    as large as Adam's steps (2502.16982). torch.optim.Muon is in bfloat16 alone, hopeless on a CPU that has none."""
+    @torch.no_grad()
+    def step(self):
+        for w in self.param_groups[0]["params"]:  # (m, n)
+            momentum = self.state[w].setdefault("momentum", torch.zeros_like(w)).lerp_(w.grad, 0.05)
+            x = w.grad.lerp(momentum, 0.95)  # Nesterov's
+            x = (x.mT if (tall := len(w) > w.shape[1]) else x) / x.norm().clamp(min=1e-7)
+            for _ in range(5):
+                gram = x @ x.mT
+                x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+            w.sub_(x.mT if tall else x, alpha=0.2 * self.param_groups[0]["lr"] * math.sqrt(max(w.shape)))
 
 def train(cfg, state):
     """Ho et al. 2020, algorithm 1. Returns the network of averaged weights, or None if a signal ends the run early.
@@ -157,20 +168,18 @@ def train(cfg, state):
     model = UViT(*(getattr(cfg, name) for name in SHAPE), len(cfg.names)).to(cfg.device)
     ema = copy.deepcopy(model).requires_grad_(False)
     averages, named = list(ema.parameters()), dict(model.named_parameters())
-    hidden = [k for k, w in named.items() if cfg.muon and w.ndim == 2 and re.search("attention|mlp|skip", k)]
+    hidden = {k: w for k, w in named.items() if cfg.muon and w.ndim == 2 and re.search("attention|mlp|skip", k)}
     adam = torch.optim.Adam([w for k, w in named.items() if k not in hidden], fused=cfg.device.type != "mps")
-    parts, path = dict(model=model, ema=ema, optimizer=adam), Path(cfg.run_dir, "ckpt.pt")
-    if hidden:  # Muon's updates, scaled to the size that Adam's would have, so that one --lr serves both
-        parts["muon"] = torch.optim.Muon([named[k] for k in hidden], weight_decay=0, adjust_lr_fn="match_rms_adamw")
-    first, rows, seconds = 0, ["step,images,loss,val_loss,lr,grad_norm,images_per_s,seconds"], 0.0
+    muon = Muon([dict(params=hidden.values())], {})
+    parts, path = dict(model=model, ema=ema, optimizer=adam, muon=muon), Path(cfg.run_dir, "ckpt.pt")
+    new = dict(step=0, log=["step,images,loss,val_loss,lr,grad_norm,images_per_s,seconds"], seconds=0.0)
     with blame(f"--resume: {path} does not fit"):
-        if state:
-            [part.load_state_dict(state[name]) for name, part in parts.items()]
-            first, rows, seconds = state["step"], state["log"], state["seconds"]
+        [part.load_state_dict(state[name]) for name, part in parts.items() if state]
+        first, rows, seconds = [(state or new)[name] for name in new]
 
     def save(step):
         config = dict(script=NAME, names=cfg.names) | {name: getattr(cfg, name) for name in SAVED + SHAPE}
-        more = dict(step=step, log=rows, seconds=seconds, config=config)
+        more = dict(step=step, log=rows, seconds=seconds, config=config, job=os.environ.get("TORCHELASTIC_RUN_ID"))
         with blame(f"{path} cannot be written (disk full?), and what was there still is"):
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save({k: p.state_dict() for k, p in parts.items()} | more, f"{path}.tmp")
@@ -190,7 +199,6 @@ def train(cfg, state):
         with cfg.autocast:
             v = net(x_t, t, y)
         return (weight[t] * (v - x0_to_v(x_t, t, x0, alphas_cumprod)).square().mean(dim=(1, 2, 3))).mean()
-
     total = (lambda x: dist.all_reduce(x) or x) if cfg.world > 1 else lambda x: x  # over all processes
     stop, recent, tick, ticked = [], [], time.perf_counter(), first
     old = {n: signal.signal(n, lambda *_: stop.append(True)) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -200,13 +208,11 @@ def train(cfg, state):
         loss = loss_of(net, train_set, cfg.batch_size, cfg.seed, step, flip=True, rank=cfg.rank, world=cfg.world)
         loss.backward()
         recent.append(torch.stack([loss.detach(), nn.utils.clip_grad_norm_(model.parameters(), 1.0)]))
-        for optimizer in [parts[name] for name in ("optimizer", "muon") if name in parts]:
-            optimizer.param_groups[0]["lr"] = lr
-            optimizer.step(), optimizer.zero_grad()
+        adam.param_groups[0]["lr"] = muon.param_groups[0]["lr"] = lr
+        adam.step(), cfg.autocast(muon.step)(), model.zero_grad()
         seen = step * cfg.batch_size
         half_life = min(cfg.ema, 0.05 * seen)  # images; it grows with the run, which so forgets its first, bad weights
         torch._foreach_lerp_(averages, [w.data for w in named.values()], 1 - 0.5 ** (cfg.batch_size / half_life))
-        # several processes must leave at the same step
         leaving = bool(stop) if cfg.world == 1 else step % 10 == 0 and total(torch.tensor(len(stop), device=cfg.device))
         saving = leaving or step == cfg.max_steps or step % cfg.save_every == 0
         reporting = step % cfg.log_every == 0 or step == first + 10
@@ -226,7 +232,7 @@ def train(cfg, state):
             with blame(f"--run-dir {cfg.run_dir}"):
                 Path(cfg.run_dir, "log.csv").write_text("\n".join([*rows, ""])) if cfg.rank == 0 else None
         save(step) if saving and cfg.rank == 0 else None
-        if leaving:
+        if leaving:  # several processes do so at the same step
             return say(f"stopped after step {step}; --resume continues", flush=True)
         if cfg.sample_every and step % cfg.sample_every == 0:
             write(ema, cfg, f"{cfg.run_dir}/samples-{step:07d}.png", min(cfg.n, 100))
@@ -274,9 +280,8 @@ def write(model, cfg, out, n):
         for k, i in enumerate(index if folder else ()):
             save_picture(images[:, k : k + 1], path(i))
         drawn += [] if folder else [images]
-        if cfg.rank == 0:
-            left = (time.perf_counter() - start) / (at + len(index)) * (len(mine) - at - len(index))
-            print(f"{at + len(index)} of {len(mine)} images, {left:.0f} s left", flush=True)
+        left = (time.perf_counter() - start) / (at + len(index)) * (len(mine) - at - len(index))
+        print(f"{at + len(index)} of {len(mine)} images, {left:.0f} s left", flush=True) if cfg.rank == 0 else None
     if cfg.world > 1 and not folder:
         dist.all_gather_object(shares := [None] * cfg.world, drawn)
         drawn = sum(shares, [])
@@ -303,39 +308,33 @@ def blame(what):
 def parse(**defaults):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.error, flag = lambda message: die(f"{message} (see --help)"), p.add_argument
+    def number(name, x, help): flag(name, type=type(x), default=x, metavar="N", help=f"{help} (%(default)s)")
     flag("--sample-only", action="store_true", help="draw and exit; without it, train and then draw")
     flag("--ckpt", metavar="PATH", help=f"weights to draw from (the run's, else checkpoints/{NAME}.pt)")
     flag("--sampler", choices=["ddpm", "ddim", "dpm"], default="dpm", help="(%(default)s)")
-    flag("--steps", type=int, default=15, metavar="N", help=f"of at most {T}; ddim wants 50, ddpm 250 (%(default)s)")
-    flag("--eta", type=float, default=0.0, metavar="X", help="noise in ddim: 0 is none, 1 is ddpm (%(default)s)")
+    number("--steps", 15, f"of at most {T}; ddim wants 50, ddpm 250")
+    number("--eta", 0.0, "noise in ddim: 0 is none, 1 is ddpm"), number("--seed", 0, "of the images, or the training")
     flag("--classes", metavar="N,N", help="the classes to draw, a row each (all of them)")
-    flag("--guidance", type=float, default=2.0, metavar="X", help="1 is none, more obeys the class more (%(default)s)")
+    number("--guidance", 2.0, "1 is none, more obeys the class more")
     def numbers(text): return tuple(map(float, text.split(",")))
     flag("--guidance-interval", type=numbers, default="0,1", metavar="LO,HI", help="of t / T, to guide (%(default)s)")
     flag("-n", "--n", type=int, default=100, metavar="N", help="images (%(default)s)")
-    flag("--seed", type=int, default=0, metavar="N", help="of the images, or of the training (%(default)s)")
     flag("--out", metavar="PATH", help="x.png a grid, x.gif the way to it, x/ a PNG per image (samples.png)")
     flag("--data-dir", default="data", metavar="PATH", help="CIFAR-10, or train/<class>/*.png (%(default)s)")
     flag("--run-dir", default=f"runs/{NAME}", metavar="PATH", help="ckpt.pt, log.csv, samples (%(default)s)")
     flag("--resume", action="store_true", help="continue the run in --run-dir, if any, with the flags it had")
-    flag("--batch-size", type=int, default=256, metavar="N", help="images, over all processes (%(default)s)")
-    flag("--max-steps", type=int, default=80000, metavar="N", help="to train in all (%(default)s)")
-    switch, muon = argparse.BooleanOptionalAction, hasattr(torch.optim, "Muon")  # PyTorch has it since 2.9
-    flag("--muon", action=switch, default=muon, help="for the matrices of attention and MLP; Adam has the rest, or all")
-    flag("--lr", type=float, default=3e-3 if muon else 1e-3, metavar="X", help="highest learning rate (%(default)s)")
-    flag("--min-snr", type=float, default=5.0, metavar="X", help="gamma of 2303.09556; 0: no weights (%(default)s)")
-    flag("--warmup", type=int, default=500, metavar="N", help="steps from 0 to --lr, then 1/sqrt(step) (%(default)s)")
-    flag("--ema", type=int, default=500000, metavar="N", help="half-life of the averages, in images (%(default)s)")
-    flag("--save-every", type=int, default=500, metavar="N", help="steps (%(default)s)")
-    flag("--sample-every", type=int, default=2000, metavar="N", help="steps, 0 is never (%(default)s)")
-    flag("--log-every", type=int, default=100, metavar="N", help="steps (%(default)s)")
-    flag("--dim", type=int, default=256, metavar="N", help="channels of a token (%(default)s)")
-    flag("--depth", type=int, default=8, metavar="N", help="blocks beside the middle one (%(default)s)")
-    flag("--heads", type=int, default=4, metavar="N", help="of the attention (%(default)s)")
-    flag("--patch", type=int, default=2, metavar="N", help="pixels, the side of a token (%(default)s)")
+    number("--batch-size", 256, "images, over all processes"), number("--max-steps", 80000, "to train in all")
+    flag("--muon", action=argparse.BooleanOptionalAction, default=True, help="for the blocks' matrices; or only Adam")
+    number("--lr", 3e-3, "the highest learning rate"), number("--warmup", 500, "steps up to it, then 1/sqrt(step)")
+    number("--ema", 500000, "half-life of the averages, in images")
+    number("--min-snr", 5.0, "gamma of the loss's weights (2303.09556); 0: no weights")
+    number("--save-every", 500, "steps"), number("--log-every", 100, "steps")
+    number("--sample-every", 2000, "steps, 0 is never")
+    number("--dim", 256, "channels of a token"), number("--heads", 4, "of attention")
+    number("--depth", 8, "blocks beside the middle one"), number("--patch", 2, "pixels, the side of a token")
     flag("--device", metavar="NAME", help="where to compute (cuda, else mps, else cpu)")
     flag("--dtype", choices=["float32", "bfloat16"], help="of the network (bfloat16 where the hardware has it)")
-    flag("--compile", action=switch, help="torch.compile (for training on cuda)")
+    flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (for training on cuda)")
     cfg = p.parse_args(namespace=argparse.Namespace(**defaults))
     cfg.rank, cfg.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     counts = "n steps batch_size save_every log_every warmup ema dim depth heads patch lr".split()
@@ -347,7 +346,6 @@ def parse(**defaults):
         (cfg.dim % math.lcm(2, cfg.heads), f"--dim {cfg.dim}: must be a multiple of 2 and of --heads {cfg.heads}"),
         (len(g := cfg.guidance_interval) != 2 or not 0 <= g[0] <= g[1] <= 1, f"--guidance-interval {g}: not LO,HI"),
         (cfg.depth % 2, f"--depth {cfg.depth}: must be even, half before and half after the middle"),
-        (cfg.muon and not muon, "--muon: needs PyTorch 2.9 or newer; a new run can do with --no-muon"),
         (SIZE % cfg.patch, f"--patch {cfg.patch}: must divide {SIZE}"),
         (not (cfg.out or "/").endswith((".png", ".gif", "/")), f"--out {cfg.out}: must end in .png, .gif or /"),
     ]:
@@ -355,7 +353,6 @@ def parse(**defaults):
     return cfg
 
 def choose(cfg):
-    """The classes to draw, a row of the grid each: those of --classes, or all."""
     known = {str(k): name for k, name in enumerate(cfg.names)}
     chosen = known if cfg.classes is None else cfg.classes.split(",")
     return [int(k) if k.strip() in known else die(f"--classes {k}: there are {known}") for k in chosen]
@@ -365,11 +362,12 @@ def main():
     ckpt, shipped = Path(cfg.run_dir, "ckpt.pt"), Path(__file__).with_name("checkpoints") / f"{NAME}.pt"
     if cfg.sample_only:
         ckpt = Path(cfg.ckpt or (ckpt if ckpt.exists() else shipped))
-    elif ckpt.exists() and not cfg.resume:
-        die(f"--run-dir {cfg.run_dir} holds a run: continue it with --resume, or name another folder")
     with blame(f"{ckpt} cannot be read as a checkpoint of {NAME}; --ckpt names another"):
         state = torch.load(ckpt, map_location="cpu", weights_only=True) if cfg.sample_only or ckpt.exists() else None
         assert not state or state["config"]["script"] == NAME, f"it is one of {state['config']['script']}"
+    restarted, job = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "RUN_ID"))  # torchrun
+    if state and not (cfg.sample_only or cfg.resume or restarted != "0" and state.get("job") == job):
+        die(f"--run-dir {cfg.run_dir} holds a run: continue it with --resume, or name another folder")
     cfg = cfg if cfg.sample_only else parse(**(state["config"] if state else dict(script=NAME)))
     found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     with blame(f"--device {cfg.device or found}"):
@@ -383,6 +381,8 @@ def main():
     cfg.autocast = torch.autocast(cfg.device.type if half else "cpu", torch.bfloat16, enabled=half)
     triton = chip >= (7, 0) and os.name != "nt"  # torch.compile needs it; it knows neither Windows nor older chips
     cfg.compile = triton and not cfg.sample_only if cfg.compile is None else cfg.compile
+    if cfg.compile and not any(map(shutil.which, ["cc", "gcc", "clang", "cl"])):
+        cfg.compile = print("--compile is left out: it needs a C compiler, and there is none")
     dist.init_process_group("nccl" if cuda and dist.is_nccl_available() else "gloo") if cfg.world > 1 else None
     if cfg.sample_only:
         with blame(f"{ckpt} does not fit {NAME}.py"):

@@ -1,0 +1,141 @@
+"""What takes too long for every run, or needs root: python -m pytest -q -s .ci/test_stress.py (a quarter of an hour)
+
+Two machines (network namespaces) train and draw together; training is killed a hundred times; memory does not grow.
+"""
+
+import csv, os, random, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from test_smoke import assert_same, checkpoint, cli_of, dit, mnist, pictures, pixels, shell  # noqa: F401
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+ENV = dict(os.environ, PYTHONPATH=str(Path(dit.__file__).parent), OMP_NUM_THREADS="1")
+
+@pytest.fixture
+def machines():
+    """Commands that run something on either of two hosts, 10.77.0.1 and 10.77.0.2, joined by a cable."""
+    ip = lambda words: subprocess.run(["ip", *words.split()], check=True, capture_output=True)
+    try:
+        ip("netns add one"), ip("netns add two")
+        ip("link add cable1 netns one type veth peer name cable2 netns two")
+        for number, name in enumerate(("one", "two"), start=1):
+            ip(f"-n {name} addr add 10.77.0.{number}/24 dev cable{number}")
+            ip(f"-n {name} link set cable{number} up"), ip(f"-n {name} link set lo up")
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"network namespaces cannot be made here: {getattr(error, 'stderr', error)}")
+    yield [["ip", "netns", "exec", name] for name in ("one", "two")]
+    ip("netns del one"), ip("netns del two")
+
+def on_both(machines, processes, *command, folders=(".", ".")):
+    running = []
+    for number, (host, cwd) in enumerate(zip(machines, folders), start=1):
+        rendezvous = f"--nnodes=2 --nproc-per-node={processes} --rdzv-backend=c10d --rdzv-endpoint=10.77.0.1:29500"
+        launch = [*host, *TORCHRUN, *rendezvous.split(), f"--local-addr=10.77.0.{number}", *map(str, command)]
+        env = dict(ENV, GLOO_SOCKET_IFNAME=f"cable{number}")
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        running.append(subprocess.Popen(launch, env=env, cwd=cwd, **pipes))
+    ended = [process.communicate(timeout=200) for process in running]
+    assert [process.returncode for process in running] == [0, 0], ended
+    return [out for out, _ in ended]
+
+def test_two_machines_train_and_draw(machines, cli_of):
+    cli = cli_of(dit)
+    cli.train("one", 6, "--out", "one.png", "--n", 5)
+    flags = [dit.__file__, "--device", "cpu", *cli.flags, "--run-dir", "two", "--max-steps", 6]
+    first, second = on_both(machines, 1, *flags, "--out", "two.png", "-n", 5)
+    assert_same(checkpoint("one"), checkpoint("two"), tolerance=1e-5)
+    assert (pixels("one.png") - pixels("two.png")).abs().max() <= 1
+    assert (first + second).count("M parameters") == 1 == (first + second).count("two.png")  # one of them speaks
+    assert sorted(p.name for p in Path("two").iterdir()) == ["ckpt.pt", "log.csv"]
+    draw = [dit.__file__, "--device", "cpu", "--sample-only", "--ckpt", "one/ckpt.pt", "--steps", 2, "-n", 20]
+    on_both(machines, 2, *draw, "--out", "both/")
+    assert sorted(p.name for p in Path("both").iterdir()) == [f"{i:06d}-{i % 8}.png" for i in range(20)]
+
+def test_each_machine_fetches_once(machines, tmp_path):
+    script = tmp_path / "fetch.py"
+    script.write_text("""
+import os, time, torch, torch.distributed as dist, torchvision, common
+class MNIST:
+    def __init__(self, root, **_):
+        if not os.path.exists("data"):
+            time.sleep(2)
+            open("data", "a").write(os.environ["RANK"])
+        self.data, self.targets, self.classes = torch.zeros(3, 28, 28, dtype=torch.uint8), torch.zeros(3).long(), []
+torchvision.datasets.MNIST = MNIST
+dist.init_process_group("gloo")
+common.load_data("MNIST", ".", 28)
+dist.destroy_process_group()
+""")
+    folders = [tmp_path / "disk1", tmp_path / "disk2"]
+    [folder.mkdir() for folder in folders]
+    on_both(machines, 2, script, folders=folders)
+    assert sorted((folder / "data").read_text() for folder in folders) == ["0", "2"]
+
+def test_a_hundred_kills(cli_of):
+    """SIGKILL, a third of them within a save. No file is torn, no step lost beyond --save-every, and the weights at the
+    end are, bit for bit, those of a run that was left in peace."""
+    cli, every, torn, before = cli_of(dit), 5, 0, 0
+    flags = [*cli.flags, "--run-dir", "killed", "--resume", "--save-every", every, "--max-steps", 1000000]
+    path, tmp = Path("killed/ckpt.pt"), Path("killed/ckpt.pt.tmp")
+    for kill in range(100):
+        process, reached = shell(dit, *flags), 0
+        while reached < before + every:  # so that there is progress
+            line = process.stdout.readline()
+            assert line, process.communicate()
+            reached = int(line.split()[1]) if line.startswith("step ") else 0
+        if kill % 3 == 0:
+            tmp.unlink(missing_ok=True)
+            while not tmp.exists():
+                pass
+        else:
+            time.sleep(random.random())
+        process.kill()
+        lines = process.communicate()[0].splitlines()
+        reached = max([reached, *(int(line.split()[1]) for line in lines if line.startswith("step "))])
+        torn += tmp.exists()
+        state = torch.load(path, weights_only=True)
+        assert reached - every <= state["step"] and state["step"] % every == 0 and state["step"] >= before
+        before = state["step"]
+    cli("--run-dir", "killed", "--resume", "--save-every", every, "--max-steps", before + 1, "--steps", 2)
+    cli.train("whole", before + 1, "--save-every", 1000)
+    assert_same(checkpoint("killed"), checkpoint("whole"))
+    rows = [int(row["step"]) for row in csv.DictReader(open("killed/log.csv"))]
+    assert rows == sorted(set(rows))
+    print(f"\n100 kills in {before} steps, {torn} of them within a save: the same weights")
+
+def memory(pid):
+    """Resident bytes of a process (Linux)."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+def watch(process, pattern):
+    """{number after `pattern` in a line of output: (resident bytes, seconds) when it was printed}"""
+    seen, start = {}, time.perf_counter()
+    for line in process.stdout:
+        if line.startswith(pattern) or pattern in line:
+            number = int(line.split()[1] if line.startswith("step") else line.split()[0])
+            if process.poll() is None and Path(f"/proc/{process.pid}/statm").read_text().strip() != "0 0 0 0 0 0 0":
+                seen[number] = memory(process.pid), time.perf_counter() - start
+    assert process.wait() == 0, process.stderr.read()
+    return seen
+
+def test_memory_and_pace_hold_in_training(cli_of):
+    cli = cli_of(dit)
+    process = shell(dit, *cli.flags, "--run-dir", "long", "--max-steps", 2200, "--log-every", 100, "--save-every", 100)
+    seen = watch(process, "step ")
+    after = {step: seen[step][0] / seen[200][0] for step in seen if step >= 200 and step <= 2100}
+    early, late = (seen[b][1] - seen[a][1] for a, b in ((200, 1100), (1200, 2100)))
+    print(f"\nresident memory against step 200: {min(after.values()):.3f} to {max(after.values()):.3f}; time {late / early:.2f}")
+    assert max(after.values()) < 1.05 and late < 1.5 * early
+
+def test_memory_holds_in_drawing(cli_of):
+    cli = cli_of(dit)
+    cli.train("run", 1)
+    draw = ["--sample-only", "--run-dir", "run", "--steps", 1, "--guidance", 1, "--n", 20000, "--out", "many/"]
+    seen = watch(shell(dit, *draw, "--batch-size", 200), " images, ")
+    after = {n: seen[n][0] / seen[2000][0] for n in seen if n >= 2000 and n < 20000}
+    print(f"\nresident memory against 2,000 images: {min(after.values()):.3f} to {max(after.values()):.3f}")
+    assert len(list(Path("many").iterdir())) == 20000 and max(after.values()) < 1.05
