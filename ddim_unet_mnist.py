@@ -9,7 +9,7 @@ image and its noise can be turned into each other (Song et al. 2020, 2010.02502)
     torchrun --standalone --nproc_per_node=8 ddim_unet_mnist.py  # the same on eight GPUs
 """
 
-import argparse, contextlib, copy, math, os, shutil, signal, sys, time
+import argparse, contextlib, copy, math, os, shutil, signal, sys, time, zipfile
 from pathlib import Path
 
 import torch
@@ -366,7 +366,7 @@ def parse(**defaults):
     flag("--resume", action="store_true", help="continue the run in --run-dir, if any, with the flags it had")
     number("--batch-size", 64, "images, over all processes"), number("--max-steps", 20000, "to train in all")
     number("--lr", 1e-3, "the highest learning rate"), number("--warmup", 1000, "steps up to it, then 1/sqrt(step)")
-    number("--ema", 50000, "half-life of the averages, in images")
+    number("--ema", 50000, "half-life, in images")
     number("--save-every", 500, "steps"), number("--log-every", 100, "steps")
     number("--sample-every", 2000, "steps, 0 is never")
     number("--dim", 48, "channels at 28 x 28, a multiple of 16")
@@ -403,6 +403,7 @@ def main():
         ckpt = Path(cfg.ckpt or (ckpt if ckpt.exists() else shipped))
     with blame(f"{ckpt} cannot be read as a checkpoint of {NAME}; --ckpt names another"):
         state = torch.load(ckpt, map_location="cpu", weights_only=True) if cfg.sample_only or ckpt.exists() else None
+        assert not state or not zipfile.ZipFile(ckpt).testzip(), "it is damaged"  # torch.load does not look
         assert not state or state["config"]["script"] == NAME, f"it is one of {state['config']['script']}"
     restarted, job = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "RUN_ID"))  # torchrun
     if state and not (cfg.sample_only or cfg.resume or restarted != "0" and state.get("job") == job):

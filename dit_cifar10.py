@@ -8,7 +8,7 @@ adaLN-Zero: they shift, scale and gate what every block does, and at first all g
     torchrun --standalone --nproc_per_node=8 dit_cifar10.py  # the same on eight GPUs
 """
 
-import argparse, contextlib, copy, functools, math, os, re, shutil, signal, sys, time
+import argparse, contextlib, copy, functools, math, os, re, shutil, signal, sys, time, zipfile
 from pathlib import Path
 
 import torch
@@ -327,8 +327,7 @@ def parse(**defaults):
     number("--batch-size", 256, "images, over all processes"), number("--max-steps", 80000, "to train in all")
     flag("--muon", action=argparse.BooleanOptionalAction, default=True, help="for the blocks' matrices; or only Adam")
     number("--lr", 3e-3, "the highest learning rate"), number("--warmup", 500, "steps up to it, then 1/sqrt(step)")
-    number("--ema", 500000, "half-life of the averages, in images")
-    number("--min-snr", 5.0, "gamma of the loss's weights (2303.09556); 0: no weights")
+    number("--ema", 500000, "half-life, in images"), number("--min-snr", 5.0, "gamma of 2303.09556; 0: no weights")
     number("--save-every", 500, "steps"), number("--log-every", 100, "steps")
     number("--sample-every", 2000, "steps, 0 is never")
     number("--dim", 256, "channels of a token"), number("--depth", 8, "blocks"), number("--heads", 4, "of attention")
@@ -364,6 +363,7 @@ def main():
         ckpt = Path(cfg.ckpt or (ckpt if ckpt.exists() else shipped))
     with blame(f"{ckpt} cannot be read as a checkpoint of {NAME}; --ckpt names another"):
         state = torch.load(ckpt, map_location="cpu", weights_only=True) if cfg.sample_only or ckpt.exists() else None
+        assert not state or not zipfile.ZipFile(ckpt).testzip(), "it is damaged"  # torch.load does not look
         assert not state or state["config"]["script"] == NAME, f"it is one of {state['config']['script']}"
     restarted, job = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "RUN_ID"))  # torchrun
     if state and not (cfg.sample_only or cfg.resume or restarted != "0" and state.get("job") == job):

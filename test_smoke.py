@@ -91,6 +91,30 @@ def test_image_folder(tmp_path):
     (images, _), test_set, _ = common.load_data("MNIST", tmp_path, 28)  # resized, and grey
     assert images.shape == (5, 1, 28, 28) and test_set is None
 
+def test_any_kind_of_image(tmp_path):
+    """Each in its own size, kind and format, in a class whose name has spaces and letters from elsewhere."""
+    folder, colour = tmp_path / "train" / "große Hunde 犬", Image.new("RGB", (50, 40), (200, 100, 50))
+    folder.mkdir(parents=True)
+    colour.resize((9, 70)).save(folder / "0.png")
+    Image.fromarray((256 * torch.full((31, 33), 124)).numpy().astype("uint16")).save(folder / "1.png")  # 16 bits
+    for i, (mode, ending) in enumerate([("L", "png"), ("RGBA", "png"), ("P", "png"), ("LA", "png"), ("CMYK", "jpg")]):
+        colour.convert(mode).save(folder / f"{2 + i}.{ending}")
+    (images, labels), _, classes = common.load_data("CIFAR10", tmp_path, 32)
+    assert classes == [folder.name] and labels.tolist() == [0] * 7
+    means = images.float().mean(dim=(2, 3))
+    expected = torch.tensor([[200, 100, 50], [124, 124, 124]])[[0, 1, 1, 0, 0, 1, 0]]
+    assert (means - expected).abs().max() < 2 and images[:, :, 5:-5, 5:-5].float().std(dim=(2, 3)).max() < 12
+    [path.unlink() for path in folder.iterdir() if path.name != "0.png"]
+    assert len(common.load_data("MNIST", tmp_path, 28)[0][0]) == 1
+    (tmp_path / "train" / "nothing").mkdir()
+    with pytest.raises(OSError, match="nothing"):
+        common.load_data("MNIST", tmp_path, 28)
+    whole = (folder / "0.png").read_bytes()
+    (folder / "0.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "train" / "nothing").rmdir()
+    with pytest.raises(ValueError, match="0.png is not an image"):
+        common.load_data("MNIST", tmp_path, 28)
+
 # ---- Schedules and Gaussians
 def test_schedules():
     linear, cosine = common.linear_betas(), common.cosine_betas()
@@ -701,17 +725,21 @@ def test_a_signal_finishes_the_step_and_saves(cli, script, number):
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 def test_torchrun_with_two_processes(cli, script):
-    """Trains to the weights and losses of one process, and draws its share of the same images."""
-    cli.train("one", 4, "--out", "one.png", "--n", 5)
-    flags = [*cli.flags, "--run-dir", "two", "--max-steps", 4, "--out", "two.png", "-n", 5]
-    process = shell(script, *flags, launcher=TORCHRUN)
+    """One process hands over to two, and they to one: weights, losses and images are those of one process alone."""
+    cli.train("one", 6, "--out", "one.png", "--n", 5)
+    cli.train("two", 2)
+    process = shell(script, "--run-dir", "two", "--resume", "--max-steps", 4, "-n", 5, "--steps", 2, launcher=TORCHRUN)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert out.count("M parameters") == 1 and "cpu x 2" in out
+    assert out.count("M parameters") == 1 and "cpu x 2" in out and checkpoint("two")["step"] == 4
+    shutil.copy("two/ckpt.pt", "four.pt"), shutil.copy("two/samples.png", "four by two.png")
+    cli("--run-dir", "two", "--resume", "--max-steps", 6, "--steps", 2, "--n", 5, "--out", "two.png")
     assert_same(checkpoint("one"), checkpoint("two"), tolerance=1e-5)
     one, two = ([r["loss"] for r in csv.DictReader(open(f"{run}/log.csv"))] for run in ("one", "two"))
-    assert [float(x) for x in one] == pytest.approx([float(x) for x in two], abs=2e-5)
+    assert [float(x) for x in one] == pytest.approx([float(x) for x in two], abs=1e-5) and len(one) == 3
     assert (pixels("one.png") - pixels("two.png")).abs().max() <= 1
+    cli("--sample-only", "--ckpt", "four.pt", "--n", 5, "--steps", 2, "--dtype", "float32")
+    assert (pixels("samples.png") - pixels("four by two.png")).abs().max() <= 1
 
 def test_ctrl_c_under_torchrun(cli, script):
     """It reaches the workers twice: from the terminal, and passed on by torchrun. They leave together, at step 10 k."""
@@ -752,6 +780,11 @@ def test_full_disk(cli, script):
     assert process.returncode == 2 and err.count("\n") == 1 and "run/ckpt.pt" in err, err
     assert Path("run/ckpt.pt").read_bytes() == before
 
+def test_without_a_compiler(cli, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    cli.train("run", 1, "--compile")
+    assert capsys.readouterr().out.count("--compile is left out") == 1 and checkpoint("run")["step"] == 1
+
 def test_a_loss_that_is_not_finite(cli, capsys):
     cli.train("run", 3)
     state = checkpoint("run")
@@ -775,6 +808,8 @@ BAD = {  # what is wrong: (flags, what the one line must name)
     "no checkpoint of a run": ("--sample-only --ckpt text.pt", "text.pt"),
     "weights of another shape": ("--sample-only --ckpt shape.pt", "shape.pt"),
     "a torn checkpoint": ("--sample-only --ckpt torn.pt", "torn.pt"),
+    "a damaged checkpoint": ("--sample-only --ckpt damaged.pt", "damaged.pt"),
+    "a damaged run": ("--run-dir damaged --resume", "damaged/ckpt.pt"),
     "another model": ("--sample-only --ckpt other.pt", "dit_cifar10"),
     "a checkpoint that runs code": ("--sample-only --ckpt evil.pt", "evil.pt"),
     "another size": ("--run-dir run --resume --dim 32", "run/ckpt.pt"),
@@ -802,7 +837,10 @@ def test_bad_input_gets_one_line(cli, capsys, monkeypatch):
     Path("empty/train/a").mkdir(parents=True)
     for path in ("broken/train/a/0.png", "text.pt"):
         Path(path).write_text("neither a picture nor a checkpoint")
-    Path("torn.pt").write_bytes(Path("run/ckpt.pt").read_bytes()[:5000])
+    whole = bytearray(Path("run/ckpt.pt").read_bytes())
+    Path("torn.pt").write_bytes(whole[:5000])
+    whole[len(whole) // 2] ^= 1  # a bit, within some tensor
+    Path("damaged").mkdir(), Path("damaged/ckpt.pt").write_bytes(whole), Path("damaged.pt").write_bytes(whole)
     torch.save({"ema": {}, "config": {"script": "dit_cifar10"}}, "other.pt")
     torch.save({"ema": Evil(), "config": {}}, "evil.pt")
     torch.save({"ema": {}, "step": 1, "config": {"script": cli.name, "dim": 16}}, "shape.pt")

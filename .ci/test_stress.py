@@ -3,7 +3,7 @@
 Two machines (network namespaces) train and draw together; training is killed a hundred times; memory does not grow.
 """
 
-import csv, os, random, signal, subprocess, sys, time
+import csv, gc, os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,9 @@ ENV = dict(os.environ, PYTHONPATH=str(Path(dit.__file__).parent), OMP_NUM_THREAD
 def machines():
     """Commands that run something on either of two hosts, 10.77.0.1 and 10.77.0.2, joined by a cable."""
     ip = lambda words: subprocess.run(["ip", *words.split()], check=True, capture_output=True)
+    hosts = [Path("/etc/netns", name, "hosts") for name in ("one", "two")]  # what they find in their /etc
     try:
+        [(path.parent.mkdir(parents=True), path.write_text("10.77.0.1 one\n10.77.0.2 two\n")) for path in hosts]
         ip("netns add one"), ip("netns add two")
         ip("link add cable1 netns one type veth peer name cable2 netns two")
         for number, name in enumerate(("one", "two"), start=1):
@@ -29,12 +31,14 @@ def machines():
         pytest.skip(f"network namespaces cannot be made here: {getattr(error, 'stderr', error)}")
     yield [["ip", "netns", "exec", name] for name in ("one", "two")]
     ip("netns del one"), ip("netns del two")
+    [shutil.rmtree(path.parent) for path in hosts]
 
 def on_both(machines, processes, *command, folders=(".", ".")):
     running = []
     for number, (host, cwd) in enumerate(zip(machines, folders), start=1):
-        rendezvous = f"--nnodes=2 --nproc-per-node={processes} --rdzv-backend=c10d --rdzv-endpoint=10.77.0.1:29500"
-        launch = [*host, *TORCHRUN, *rendezvous.split(), f"--local-addr=10.77.0.{number}", *map(str, command)]
+        rendezvous = f"--nnodes=2 --nproc-per-node={processes} --rdzv-backend=c10d --rdzv-endpoint=one:29500"
+        here = [f"--rdzv-conf=is_host={2 - number}", f"--local-addr=10.77.0.{number}"]  # for their host names are equal
+        launch = [*host, *TORCHRUN, *rendezvous.split(), *here, *map(str, command)]
         env = dict(ENV, GLOO_SOCKET_IFNAME=f"cable{number}")
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         running.append(subprocess.Popen(launch, env=env, cwd=cwd, **pipes))
@@ -74,6 +78,68 @@ dist.destroy_process_group()
     [folder.mkdir() for folder in folders]
     on_both(machines, 2, script, folders=folders)
     assert sorted((folder / "data").read_text() for folder in folders) == ["0", "2"]
+
+def workers(torchrun):
+    """The ids of the processes that torchrun started (Linux)."""
+    return [int(pid) for pid in Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()]
+
+def test_torchrun_restarts(cli_of):
+    """One of two workers is killed, twice; torchrun starts them anew, and the run goes on from its last checkpoint, to
+    the weights of an undisturbed one. But a new torchrun over an old run is refused, however often it restarts."""
+    cli = cli_of(dit)
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node=2 --max-restarts=3".split()
+    flags = [*cli.flags, "--save-every", 10, "--max-steps", 3000]
+    process, restarts = shell(dit, *flags, "--run-dir", "killed", launcher=launcher), 0
+    while line := process.stdout.readline():
+        reached = int(line.split()[1]) if line.startswith("step ") else 0
+        if reached > 500 * (restarts + 1) and restarts < 2:
+            os.kill(workers(process)[restarts], signal.SIGKILL)
+            restarts += 1
+    assert process.wait() == 0 and restarts == 2, process.stderr.read()
+    shell(dit, *flags, "--run-dir", "whole", launcher=launcher).communicate()
+    assert checkpoint("whole")["step"] == 3000
+    assert_same(checkpoint("killed"), checkpoint("whole"))
+    before = Path("whole/ckpt.pt").read_bytes()
+    process = shell(dit, *flags, "--run-dir", "whole", "--max-steps", 4000, launcher=launcher)
+    err = process.communicate()[1]
+    assert process.returncode and "--run-dir whole holds a run" in err and Path("whole/ckpt.pt").read_bytes() == before
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of its own, 1 MiB large, and a function that makes it read-only."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = lambda words: subprocess.run(["mount", *words.split(), str(place)], check=True, capture_output=True)
+    try:
+        mount("-t tmpfs -o size=1m tmpfs")
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"nothing can be mounted here: {getattr(error, 'stderr', error)}")
+    yield place, lambda: (gc.collect(), mount("-o remount,ro"))  # no file may be open for writing
+    subprocess.run(["umount", str(place)], check=True)
+
+def test_full_and_read_only_disks(cli_of, disk, capsys):
+    cli, (place, seal) = cli_of(dit), disk
+    cli.train(place / "run", 2)
+    before = Path(place, "run/ckpt.pt").read_bytes()
+
+    def refused(*flags):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli("--run-dir", place / "run", "--resume", "--max-steps", 4, "--save-every", 1, *flags)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1 and str(place) in err, err
+        assert Path(place, "run/ckpt.pt").read_bytes() == before
+
+    full = place / "rubbish"
+    with pytest.raises(OSError), full.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"0" * 4096)
+    refused()
+    refused("--sample-only", "--n", 1000, "--steps", 1, "--out", f"{place}/x.png")
+    full.unlink()
+    seal()
+    refused()
+    refused("--sample-only", "--n", 4, "--steps", 1, "--out", f"{place}/folder/")
 
 def test_a_hundred_kills(cli_of):
     """SIGKILL, a third of them within a save. No file is torn, no step lost beyond --save-every, and the weights at the
@@ -128,7 +194,7 @@ def test_memory_and_pace_hold_in_training(cli_of):
     seen = watch(process, "step ")
     after = {step: seen[step][0] / seen[200][0] for step in seen if step >= 200 and step <= 2100}
     early, late = (seen[b][1] - seen[a][1] for a, b in ((200, 1100), (1200, 2100)))
-    print(f"\nresident memory against step 200: {min(after.values()):.3f} to {max(after.values()):.3f}; time {late / early:.2f}")
+    print(f"\nmemory, step 200 being 1: {min(after.values()):.3f} to {max(after.values()):.3f}; pace: {early / late:.2f}")
     assert max(after.values()) < 1.05 and late < 1.5 * early
 
 def test_memory_holds_in_drawing(cli_of):
@@ -137,5 +203,5 @@ def test_memory_holds_in_drawing(cli_of):
     draw = ["--sample-only", "--run-dir", "run", "--steps", 1, "--guidance", 1, "--n", 20000, "--out", "many/"]
     seen = watch(shell(dit, *draw, "--batch-size", 200), " images, ")
     after = {n: seen[n][0] / seen[2000][0] for n in seen if n >= 2000 and n < 20000}
-    print(f"\nresident memory against 2,000 images: {min(after.values()):.3f} to {max(after.values()):.3f}")
+    print(f"\nmemory, 2,000 images being 1: {min(after.values()):.3f} to {max(after.values()):.3f}")
     assert len(list(Path("many").iterdir())) == 20000 and max(after.values()) < 1.05
