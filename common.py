@@ -159,7 +159,7 @@ def read_image(path, size, channels):
             image = ImageOps.exif_transpose(image)  # photographs lie on their side and say so
             image = image.point(lambda v: v / 256) if image.mode.startswith("I") else image  # 16 bits
             image = image.convert("L" if channels == 1 else "RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not an image that can be read ({error})") from error
     return pil_to_tensor(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
 

@@ -135,7 +135,7 @@ def train(cfg, state):
     """Ho et al. 2020, algorithm 1. Returns the network of averaged weights, or None if a signal ends the run early.
     Step n is a function of (cfg.seed, n) and the weights it finds, whatever the number of processes and of restarts."""
     from common import alpha_bar, batch, linear_betas, load_data, q_sample
-    torch.manual_seed(cfg.seed)  # the same first weights in every process
+    torch.manual_seed(cfg.seed % 2**32)  # the same first weights in every process
     model = UNet(dim=cfg.dim).to(cfg.device)
     ema = copy.deepcopy(model).requires_grad_(False)
     averages, weights = list(ema.parameters()), [w.detach() for w in model.parameters()]
@@ -199,7 +199,7 @@ def train(cfg, state):
             with blame(f"--run-dir {cfg.run_dir}"):
                 Path(cfg.run_dir, "log.csv").write_text("\n".join([*rows, ""])) if cfg.rank == 0 else None
         save(step) if saving and cfg.rank == 0 else None
-        if leaving:  # several processes do so at the same step
+        if leaving:  # several processes agree on it every ten steps
             return say(f"stopped after step {step}; --resume continues", flush=True)
         if cfg.sample_every and step % cfg.sample_every == 0:
             write(ema, cfg, f"{cfg.run_dir}/samples-{step:07d}.png", min(cfg.n, 64))
@@ -294,6 +294,7 @@ def parse(**defaults):
     flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (for training on cuda)")
     cfg = p.parse_args(namespace=argparse.Namespace(**defaults))
     cfg.rank, cfg.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cfg.sample_only |= cfg.ckpt is not None
     counts = "n steps batch_size save_every log_every warmup ema dim lr".split()
     for wrong, message in [
         *((getattr(cfg, k) <= 0, f"--{k.replace('_', '-')} {getattr(cfg, k)}: must be above 0") for k in counts),
@@ -303,20 +304,19 @@ def parse(**defaults):
         (cfg.dim % 16, f"--dim {cfg.dim}: must be a multiple of 16"),
         (not (cfg.out or "/").endswith((".png", ".gif", "/")), f"--out {cfg.out}: must end in .png, .gif or /"),
     ]:
-        die(message) if wrong and (defaults or cfg.sample_only or not cfg.resume) else None  # a run has its own flags
+        die(message) if wrong and (defaults or cfg.sample_only or not cfg.resume) else None  # a resumed run has its own
     return cfg
 
 def main():
     cfg = parse()
     ckpt, shipped = Path(cfg.run_dir, "ckpt.pt"), Path(__file__).with_name("checkpoints") / f"{NAME}.pt"
-    if cfg.sample_only:
-        ckpt = Path(cfg.ckpt or (ckpt if ckpt.exists() else shipped))
-    with blame(f"{ckpt} cannot be read as a checkpoint of {NAME}; --ckpt names another"):
+    ckpt = Path(cfg.ckpt or (ckpt if ckpt.exists() else shipped)) if cfg.sample_only else ckpt
+    with blame(f"{ckpt} cannot be read as a checkpoint of {NAME}; --ckpt or --run-dir names another"):
         state = torch.load(ckpt, map_location="cpu", weights_only=True) if cfg.sample_only or ckpt.exists() else None
         assert not state or not zipfile.ZipFile(ckpt).testzip(), "it is damaged"  # torch.load does not look
         assert not state or state["config"]["script"] == NAME, f"it is one of {state['config']['script']}"
-    restarted, job = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "RUN_ID"))  # torchrun
-    if state and not (cfg.sample_only or cfg.resume or restarted != "0" and state.get("job") == job):
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # by which torchrun's restarts know their run, if it has one
+    if state and not (cfg.sample_only or cfg.resume or job == state.get("job") != "none"):
         die(f"--run-dir {cfg.run_dir} holds a run: continue it with --resume, or name another folder")
     cfg = cfg if cfg.sample_only else parse(**(state["config"] if state else dict(script=NAME)))
     found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -332,7 +332,7 @@ def main():
     triton = chip >= (7, 0) and os.name != "nt"  # torch.compile needs it; it knows neither Windows nor older chips
     cfg.compile = triton and not cfg.sample_only if cfg.compile is None else cfg.compile
     if cfg.compile and not any(map(shutil.which, ["cc", "gcc", "clang", "cl"])):
-        cfg.compile = print("--compile is left out: it needs a C compiler, and there is none")
+        cfg.compile = cfg.rank == 0 and print("--compile is left out: it needs a C compiler, and there is none")
     dist.init_process_group("nccl" if cuda and dist.is_nccl_available() else "gloo") if cfg.world > 1 else None
     if cfg.sample_only:
         with blame(f"{ckpt} does not fit {NAME}.py"):

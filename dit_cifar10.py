@@ -55,8 +55,8 @@ class Block(nn.Module):
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 class DiT(nn.Module):
-    """x float (B, channels, size, size) in [-1, 1], t int64 (B,) in 0 .. T - 1, y int64 (B,) in 0 .. num_classes, by
-    default that, the null class -> v, float32, of x's shape. DiT-S/2 has dim 384, depth 12, heads 6, patch 2."""
+    """x float (B, channels, size, size) in [-1, 1], t int64 (B,) in 0 .. T - 1, y int64 (B,) in 0 .. num_classes (the
+    null class, and the default) -> v, float32, of x's shape. DiT-S/2 has dim 384, depth 12, heads 6, patch 2."""
     def __init__(self, dim=256, depth=8, heads=4, patch=2, num_classes=10, channels=CHANNELS, size=SIZE):
         super().__init__()
         self.patch, self.num_classes = dict(p=patch, q=patch), num_classes
@@ -83,7 +83,7 @@ class DiT(nn.Module):
 def denoiser(model, alphas_cumprod, y=None, guidance=1.0, interval=(0.0, 1.0)):
     """denoise(x_t, t) -> x0_hat in [-1, 1], for a model(x_t, t, y) that predicts v (Salimans & Ho 2022, 2202.00512).
     y: classes (B,), which guidance needs. Guidance 1 leaves v as it is, more moves it away from that of the null class;
-    it is 1 + w in Ho & Salimans 2022 (2207.12598), eq. 6, for t / T in `interval` (2404.07724, of sigma there)."""
+    it is 1 + w in Ho & Salimans 2022 (2207.12598), eq. 6. It acts where t / T is in `interval` (2404.07724)."""
     def denoise(x_t, t):  # float (B, C, H, W), int64 (B,)
         alpha_bar, (low, high) = alphas_cumprod.to(t.device)[t][:, None, None, None], interval
         if guidance == 1 or (low, high) != (0, 1) and not low <= t[0].item() / len(alphas_cumprod) <= high:
@@ -146,7 +146,7 @@ def dpm_solver_sample(denoise, x, alphas_cumprod, steps=15, randn=None):
 
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal by five Newton-Schulz steps (Jordan et al. 2024, kellerjordan.github.io/posts/muon) and
-    as large as Adam's steps (2502.16982). torch.optim.Muon is in bfloat16 alone, hopeless on a CPU that has none."""
+    as large as Adam's steps (2502.16982). torch.optim.Muon is in bfloat16, very slow on a CPU without it."""
     @torch.no_grad()
     def step(self):
         for w in self.param_groups[0]["params"]:  # (m, n)
@@ -162,7 +162,7 @@ def train(cfg, state):
     """Ho et al. 2020, algorithm 1. Returns the network of averaged weights, or None if a signal ends the run early.
     Step n is a function of (cfg.seed, n) and the weights it finds, whatever the number of processes and of restarts."""
     from common import alpha_bar, batch, cosine_betas, load_data, min_snr_weights, q_sample, x0_to_v
-    torch.manual_seed(cfg.seed)  # the same first weights in every process
+    torch.manual_seed(cfg.seed % 2**32)  # the same first weights in every process
     with blame(f"--data-dir {cfg.data_dir}"):
         train_set, test_set, cfg.names = load_data("CIFAR10", cfg.data_dir, SIZE, cfg.device)
     cfg.chosen = choose(cfg)
@@ -233,7 +233,7 @@ def train(cfg, state):
             with blame(f"--run-dir {cfg.run_dir}"):
                 Path(cfg.run_dir, "log.csv").write_text("\n".join([*rows, ""])) if cfg.rank == 0 else None
         save(step) if saving and cfg.rank == 0 else None
-        if leaving:  # several processes do so at the same step
+        if leaving:  # several processes agree on it every ten steps
             return say(f"stopped after step {step}; --resume continues", flush=True)
         if cfg.sample_every and step % cfg.sample_every == 0:
             write(ema, cfg, f"{cfg.run_dir}/samples-{step:07d}.png", min(cfg.n, 100))
@@ -337,18 +337,19 @@ def parse(**defaults):
     flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (for training on cuda)")
     cfg = p.parse_args(namespace=argparse.Namespace(**defaults))
     cfg.rank, cfg.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cfg.sample_only |= cfg.ckpt is not None
     counts = "n steps batch_size save_every log_every warmup ema dim depth heads patch lr".split()
     for wrong, message in [
         *((getattr(cfg, k) <= 0, f"--{k.replace('_', '-')} {getattr(cfg, k)}: must be above 0") for k in counts),
         (not cfg.sample_only and cfg.batch_size % cfg.world, f"--batch-size {cfg.batch_size} over {cfg.world} ranks"),
         (cfg.steps > T, f"--steps {cfg.steps}: there are {T}"),
         (not 0 <= cfg.eta <= 1, f"--eta {cfg.eta}: must be from 0 to 1"),
-        (cfg.dim % math.lcm(4, cfg.heads), f"--dim {cfg.dim}: must be a multiple of 4 and of --heads {cfg.heads}"),
+        (cfg.dim % (math.lcm(4, cfg.heads) or 1), f"--dim {cfg.dim}: not a multiple of 4 and --heads {cfg.heads}"),
         (len(g := cfg.guidance_interval) != 2 or not 0 <= g[0] <= g[1] <= 1, f"--guidance-interval {g}: not LO,HI"),
-        (SIZE % cfg.patch, f"--patch {cfg.patch}: must divide {SIZE}"),
+        (SIZE % (cfg.patch or 1), f"--patch {cfg.patch}: must divide {SIZE}"),
         (not (cfg.out or "/").endswith((".png", ".gif", "/")), f"--out {cfg.out}: must end in .png, .gif or /"),
     ]:
-        die(message) if wrong and (defaults or cfg.sample_only or not cfg.resume) else None  # a run has its own flags
+        die(message) if wrong and (defaults or cfg.sample_only or not cfg.resume) else None  # a resumed run has its own
     return cfg
 
 def choose(cfg):
@@ -359,14 +360,13 @@ def choose(cfg):
 def main():
     cfg = parse()
     ckpt, shipped = Path(cfg.run_dir, "ckpt.pt"), Path(__file__).with_name("checkpoints") / f"{NAME}.pt"
-    if cfg.sample_only:
-        ckpt = Path(cfg.ckpt or (ckpt if ckpt.exists() else shipped))
-    with blame(f"{ckpt} cannot be read as a checkpoint of {NAME}; --ckpt names another"):
+    ckpt = Path(cfg.ckpt or (ckpt if ckpt.exists() else shipped)) if cfg.sample_only else ckpt
+    with blame(f"{ckpt} cannot be read as a checkpoint of {NAME}; --ckpt or --run-dir names another"):
         state = torch.load(ckpt, map_location="cpu", weights_only=True) if cfg.sample_only or ckpt.exists() else None
         assert not state or not zipfile.ZipFile(ckpt).testzip(), "it is damaged"  # torch.load does not look
         assert not state or state["config"]["script"] == NAME, f"it is one of {state['config']['script']}"
-    restarted, job = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "RUN_ID"))  # torchrun
-    if state and not (cfg.sample_only or cfg.resume or restarted != "0" and state.get("job") == job):
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # by which torchrun's restarts know their run, if it has one
+    if state and not (cfg.sample_only or cfg.resume or job == state.get("job") != "none"):
         die(f"--run-dir {cfg.run_dir} holds a run: continue it with --resume, or name another folder")
     cfg = cfg if cfg.sample_only else parse(**(state["config"] if state else dict(script=NAME)))
     found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -382,7 +382,7 @@ def main():
     triton = chip >= (7, 0) and os.name != "nt"  # torch.compile needs it; it knows neither Windows nor older chips
     cfg.compile = triton and not cfg.sample_only if cfg.compile is None else cfg.compile
     if cfg.compile and not any(map(shutil.which, ["cc", "gcc", "clang", "cl"])):
-        cfg.compile = print("--compile is left out: it needs a C compiler, and there is none")
+        cfg.compile = cfg.rank == 0 and print("--compile is left out: it needs a C compiler, and there is none")
     dist.init_process_group("nccl" if cuda and dist.is_nccl_available() else "gloo") if cfg.world > 1 else None
     if cfg.sample_only:
         with blame(f"{ckpt} does not fit {NAME}.py"):

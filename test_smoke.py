@@ -822,6 +822,8 @@ BAD = {  # what is wrong: (flags, what the one line must name)
     "a class": ("--sample-only --run-dir run --classes 12", "--classes"),
     "an unknown sampler": ("--sample-only --sampler euler", "euler"),
     "an unknown device": ("--device tpu", "--device tpu"),
+    "no heads": ("--heads 0", "--heads 0"),
+    "no patch": ("--patch 0", "--patch 0"),
     "a size that does not divide": ("--dim 41", "--dim 41"),
     "a batch that does not divide": ("--batch-size 9", "--batch-size 9"),
     "another batch that does not divide": ("--run-dir run --resume --batch-size 9", "--batch-size 9"),
