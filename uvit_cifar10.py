@@ -315,7 +315,7 @@ def parse(**defaults):
     number("--steps", 15, f"of at most {T}; ddim wants 50, ddpm 250")
     number("--eta", 0.0, "noise in ddim: 0 is none, 1 is ddpm"), number("--seed", 0, "of the images, or the training")
     flag("--classes", metavar="N,N", help="the classes to draw, a row each (all of them)")
-    number("--guidance", 2.0, "1 is none, more obeys the class more")
+    number("--guidance", 3.0, "1 is none, more obeys the class more")
     def numbers(text): return tuple(map(float, text.split(",")))
     flag("--guidance-interval", type=numbers, default="0,1", metavar="LO,HI", help="of t / T, to guide (%(default)s)")
     flag("-n", "--n", type=int, default=100, metavar="N", help="images (%(default)s)")
