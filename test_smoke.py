@@ -751,8 +751,7 @@ def test_ctrl_c_under_torchrun(cli, script):
     assert "--resume" in process.communicate(timeout=60)[0]
     assert checkpoint("asked")["step"] % 10 == 0 < checkpoint("asked")["step"]
 
-def test_one_process_downloads_and_the_other_waits(tmp_path):
-    (tmp_path / "two.py").write_text("""
+FETCH = """
 import os, time, torch, torch.distributed as dist, torchvision, common
 class MNIST:
     def __init__(self, root, **_):
@@ -764,7 +763,10 @@ torchvision.datasets.MNIST = MNIST
 dist.init_process_group("gloo")
 common.load_data("MNIST", ".", 28)
 dist.destroy_process_group()
-""")
+"""
+
+def test_one_process_downloads_and_the_other_waits(tmp_path):
+    (tmp_path / "two.py").write_text(FETCH)
     env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     subprocess.run([sys.executable, *TORCHRUN, "two.py"], cwd=tmp_path, env=env, check=True, timeout=100)
     assert (tmp_path / "data").read_text() == "0"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from test_smoke import assert_same, checkpoint, cli_of, dit, mnist, pictures, pixels, shell  # noqa: F401
+from test_smoke import FETCH, assert_same, checkpoint, cli_of, dit, mnist, pictures, pixels, shell  # noqa: F401
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 ENV = dict(os.environ, PYTHONPATH=str(Path(dit.__file__).parent), OMP_NUM_THREADS="1")
@@ -85,19 +85,7 @@ def test_two_machines_train_and_draw(machines, folders, cli_of):
 
 def test_each_machine_fetches_once(machines, folders, tmp_path):
     script = tmp_path / "fetch.py"
-    script.write_text("""
-import os, time, torch, torch.distributed as dist, torchvision, common
-class MNIST:
-    def __init__(self, root, **_):
-        if not os.path.exists("data"):
-            time.sleep(2)
-            open("data", "a").write(os.environ["RANK"])
-        self.data, self.targets, self.classes = torch.zeros(3, 28, 28, dtype=torch.uint8), torch.zeros(3).long(), []
-torchvision.datasets.MNIST = MNIST
-dist.init_process_group("gloo")
-common.load_data("MNIST", ".", 28)
-dist.destroy_process_group()
-""")
+    script.write_text(FETCH)
     on_both(machines, 2, script, folders=folders)
     assert sorted((folder / "data").read_text() for folder in folders) == ["0", "2"]
 
