@@ -204,7 +204,7 @@ def train(cfg, state):
     stop, recent, tick, ticked = [], [], time.perf_counter(), first
     old = {n: signal.signal(n, lambda *_: stop.append(True)) for n in (signal.SIGINT, signal.SIGTERM)}
     for step in range(first + 1, cfg.max_steps + 1):
-        # the paper's rate is constant; one that falls like this needs no end of the run to aim for, as a cosine does
+        # the paper's rate is constant; this one falls, and unlike a cosine it needs no end of the run to aim for
         lr = cfg.lr * min(step / cfg.warmup, math.sqrt(cfg.warmup / step))
         loss = loss_of(net, train_set, cfg.batch_size, cfg.seed, step, flip=True, rank=cfg.rank, world=cfg.world)
         loss.backward()

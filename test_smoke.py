@@ -608,7 +608,7 @@ def test_train_resume_and_draw(cli, script, capsys):
 
     cli("--run-dir", "whole", "--sample-only", "--n", 5, "--steps", 3, *cli.any)  # from the run's own checkpoint
     assert pixels("samples.png").shape == (2 * script.SIZE + 4, 3 * script.SIZE + 6, 3)
-    draw = ["--ckpt", "at3.pt", "--sample-only", "--steps", 3, "--dtype", "float32", *cli.any]
+    draw = ["--ckpt", "at3.pt", "--steps", 3, "--dtype", "float32", *cli.any]
     for name, sampler in (("x.png", ["ddpm"]), ("y.png", ["ddim", "--eta", 1]), ("z.png", ["ddim"])):
         cli(*draw, "--n", 1, "--out", name, "--sampler", *sampler)
     assert (pixels("x.png") - pixels("y.png")).abs().max() <= 1 and (pixels("x.png") - pixels("z.png")).abs().max() > 1
