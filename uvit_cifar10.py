@@ -325,7 +325,7 @@ def parse(**defaults):
     flag("--resume", action="store_true", help="continue the run in --run-dir, if any, with the flags it had")
     number("--batch-size", 256, "images, over all processes"), number("--max-steps", 80000, "to train in all")
     flag("--muon", action=argparse.BooleanOptionalAction, default=True, help="for the blocks' matrices; or only Adam")
-    number("--lr", 3e-3, "the highest learning rate"), number("--warmup", 500, "steps up to it, then 1/sqrt(step)")
+    number("--lr", 6e-3, "the highest learning rate"), number("--warmup", 500, "steps up to it, then 1/sqrt(step)")
     number("--ema", 500000, "half-life, in images"), number("--min-snr", 5.0, "gamma of 2303.09556; 0: no weights")
     number("--save-every", 500, "steps"), number("--log-every", 100, "steps")
     number("--sample-every", 2000, "steps, 0 is never")
