@@ -1,205 +1,280 @@
-"""Schedule math and data loading: all that the four scripts share. Nothing in here knows about networks.
+"""Noise schedules, data and randomness: what the four scripts share. Nothing here knows a network.
 
-A schedule is a float32 tensor `alphas_cumprod` of shape (T,): entry t is alpha-bar_t, the share of the image's variance
-that is left in x_t. Times are 0 .. T-1, and t_next = -1 stands for the clean image, where alpha-bar is 1.
+A schedule is a float32 tensor `alphas_cumprod` of shape (T,): entry t is alpha-bar_t, the share of
+the image's variance that is left in x_t. Times are 0 .. T-1.
 """
 
 import math
 import os
+import sys
+import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Schedules
 
+
 def linear_betas(T=1000, beta_start=1e-4, beta_end=0.02):
-    """Betas (T,), float64, evenly spaced from beta_start to beta_end (Ho et al. 2020, section 4)."""
+    """Betas (T,), float64, evenly spaced (Ho et al. 2020, 2006.11239, section 4)."""
     return torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
 
+
 def cosine_betas(T=1000, s=0.008, max_beta=0.999):
-    """Betas (T,), float64, alpha-bar falling like a squared cosine (Nichol & Dhariwal 2021, 2102.09672, eq. 17)."""
+    """Betas (T,), float64; alpha-bar is a squared cosine (Nichol & Dhariwal 2021, eq. 17)."""
     f = [math.cos((t / T + s) / (1 + s) * math.pi / 2) ** 2 for t in range(T + 1)]
-    return torch.tensor([min(1 - f[t + 1] / f[t], max_beta) for t in range(T)], dtype=torch.float64)
+    betas = [min(1 - f[t + 1] / f[t], max_beta) for t in range(T)]
+    return torch.tensor(betas, dtype=torch.float64)
+
 
 def alpha_bar(betas):
-    """alphas_cumprod (T,), float32, from betas (T,). The product of a thousand factors is taken in float64."""
+    """alphas_cumprod (T,), float32, from betas (T,)."""
+    # The product of a thousand factors is taken in float64, then rounded once.
     return (1 - betas.cpu().double()).cumprod(0).float()
 
-def timestep_pairs(T, steps, spacing="trailing"):
-    """The walk of a sampler: a list of `steps` pairs (t, t_next), from T - 1 to t_next = -1.
 
-    "uniform" has both ends, T - 1 and 0; "quadratic" is dense near the clean image (Song et al. 2020, appendix D.2);
-    "trailing" makes every stride equal, the last one, to -1, included (Lin et al. 2023, 2305.08891, table 2).
-    Raises ValueError unless 1 <= steps <= T.
-    """
-    if not 1 <= steps <= T:
-        raise ValueError(f"{steps} steps: must be 1 to {T}, the length of the schedule")
-    if spacing == "trailing":
-        ts = [round(T * i / steps) - 1 for i in range(steps, 0, -1)]
-    elif spacing in ("uniform", "quadratic"):
-        power = {"uniform": 1, "quadratic": 2}[spacing]
-        ts = [round((T - 1) * (1 - i / max(steps - 1, 1)) ** power) for i in range(steps)]
-        for i in range(steps - 1, 0, -1):  # near 0 the squares crowd together, and every step must go somewhere
-            ts[i - 1] = max(ts[i - 1], ts[i] + 1)
-    else:
-        raise ValueError(f"spacing {spacing!r}: must be 'uniform', 'quadratic' or 'trailing'")
-    ts.append(-1)
-    return list(zip(ts, ts[1:]))
+# --------------------------------------------------------------------------------------------------
+# Data: a data set is a uint8 tensor (N, C, H, W) and int64 labels (N,), both on the training device
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The Gaussians. x_t, x0, eps and v are float (B, C, H, W), t is int64 (B,), and everything stays float32.
+CHANNELS = {"MNIST": 1, "CIFAR10": 3}
+FILES = {"MNIST": "MNIST/raw", "CIFAR10": "cifar-10-batches-py"}  # where torchvision keeps them
+KNOWN = {"MNIST", "cifar-10-batches-py", "cifar-10-python.tar.gz"}  # what it leaves in a data_dir
 
-def _alpha_bar(alphas_cumprod, t):
-    """alpha-bar_t, (B, 1, 1, 1); t = -1 is the clean image."""
-    return torch.where(t < 0, 1.0, alphas_cumprod.to(t.device)[t])[:, None, None, None]
-
-def _coefficients(alphas_cumprod, t):
-    a = _alpha_bar(alphas_cumprod, t)
-    return a.sqrt(), (1 - a).sqrt()
-
-def q_sample(x0, t, noise, alphas_cumprod):
-    """x_t ~ q(x_t | x_0), given the noise (Ho et al. 2020, eq. 4)."""
-    a, s = _coefficients(alphas_cumprod, t)
-    return a * x0 + s * noise
-
-def eps_to_x0(x_t, t, eps, alphas_cumprod):
-    a, s = _coefficients(alphas_cumprod, t)
-    return (x_t - s * eps) / a
-
-def x0_to_eps(x_t, t, x0, alphas_cumprod):
-    a, s = _coefficients(alphas_cumprod, t)
-    return (x_t - a * x0) / s
-
-def v_to_x0(x_t, t, v, alphas_cumprod):
-    """v = sqrt(alpha-bar) eps - sqrt(1 - alpha-bar) x0 (Salimans & Ho 2022, 2202.00512, appendix D)."""
-    a, s = _coefficients(alphas_cumprod, t)
-    return a * x_t - s * v
-
-def v_to_eps(x_t, t, v, alphas_cumprod):
-    a, s = _coefficients(alphas_cumprod, t)
-    return s * x_t + a * v
-
-def eps_to_v(x_t, t, eps, alphas_cumprod):
-    a, s = _coefficients(alphas_cumprod, t)
-    return (eps - s * x_t) / a
-
-def x0_to_v(x_t, t, x0, alphas_cumprod):
-    a, s = _coefficients(alphas_cumprod, t)
-    return (a * x_t - x0) / s
-
-def posterior(x0, x_t, t, alphas_cumprod, t_next=None):
-    """Mean (B, C, H, W) and variance (B, 1, 1, 1) of q(x_{t_next} | x_t, x_0) (Ho et al. 2020, eq. 6 and 7).
-
-    t_next defaults to t - 1; any earlier time will do, since a stride is a single step with a larger beta.
-    """
-    a, a_next = _alpha_bar(alphas_cumprod, t), _alpha_bar(alphas_cumprod, t - 1 if t_next is None else t_next)
-    beta, left = (a_next - a) / a_next, (1 - a_next) / (1 - a)
-    return a_next.sqrt() * beta / (1 - a) * x0 + (1 - beta).sqrt() * left * x_t, left * beta
-
-def snr(alphas_cumprod):
-    """Signal-to-noise ratio (T,)."""
-    return alphas_cumprod / (1 - alphas_cumprod)
-
-def min_snr_weights(alphas_cumprod, target="eps", gamma=5.0):
-    """Loss weights (T,) which all say "x0 error times min(SNR, gamma)" (Hang et al. 2023, 2303.09556, section 3.4)."""
-    r = snr(alphas_cumprod)
-    return r.clamp(max=gamma) / {"eps": r, "x0": torch.ones_like(r), "v": r + 1}[target]
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Data: a data set is a uint8 tensor (N, C, H, W) and int64 labels (N,), both on the training device. No workers.
 
 def load_data(name, data_dir, size, device="cpu"):
     """(images, labels) of the training set, the same of the test set or None, and the class names.
 
-    name: "MNIST" (1 channel) or "CIFAR10" (3), found in data_dir or downloaded there by one process per node. If there
-    is train/<class>/* in it (and perhaps test/<class>/*), any images, those are read instead, at size x size pixels.
-    Raises OSError when there are no data and no network, ValueError for an image that cannot be read.
+    name is "MNIST" (1 channel) or "CIFAR10" (3). If data_dir holds train/<class>/, all images in
+    there are read, cropped and scaled to size x size, and those in test/<class>/ or val/<class>/
+    are the test set. Otherwise torchvision finds the set there, or downloads it. Raises OSError or
+    ValueError, with one line that says first what to do.
     """
-    waits = dist.is_initialized() and os.environ.get("LOCAL_RANK") != "0"
-    if waits:
-        dist.barrier()
-    train, test = Path(data_dir, "train"), Path(data_dir, "test")
-    if train.is_dir():
-        channels = {"MNIST": 1, "CIFAR10": 3}[name]
-        *train_set, classes = _read_folder(train, size, channels)
-        *test_set, test_classes = _read_folder(test, size, channels) if test.is_dir() else (None, classes)
-        if test_classes != classes:
-            raise ValueError(f"{test}: its classes are not those of {train}")
+    root = Path(data_dir).expanduser()
+    content = _visible(root) if root.exists() else []
+    if (root / "train").is_dir():
+        sets, classes = _read_folders(root, size, CHANNELS[name])
+    elif content and KNOWN.isdisjoint(path.name for path in content):
+        # Images in another layout are no reason to fetch a data set and train on that.
+        layout = "put images into train/<class>/*.png (and test/<class>/*.png, if you like)"
+        raise ValueError(f"{layout}, or fetch {name} into a new folder: here is {content[0].name}")
     else:
-        train_set, test_set, classes = _read_torchvision(name, data_dir)
-    if dist.is_initialized() and not waits:
-        dist.barrier()
-    train_set = tuple(part.to(device) for part in train_set)
-    test_set = tuple(part.to(device) for part in test_set) if test_set != [None] else None
-    return train_set, test_set, classes
+        sets, classes = _read_torchvision(name, root, size)
+    sets = [(images.to(device), labels.to(device)) for images, labels in sets]
+    test_set = sets[1] if len(sets) == 2 else None
+    return sets[0], test_set, classes
 
-def _read_torchvision(name, data_dir):
-    from torchvision import datasets  # a second of import, so only where data are read
 
+def _read_torchvision(name, root, size):
+    from torchvision import datasets  # takes a second to import, so only where data are read
+
+    dataset = getattr(datasets, name)
+    files = root / FILES[name]
+    problem = _fetch(dataset, root)
     sets = []
-    for split in (True, False):
+    for is_train in (True, False):
         try:
-            data = getattr(datasets, name)(data_dir, train=split, download=True)
-        except (OSError, RuntimeError) as error:
-            raise OSError(f"no {name} there, nor from the network ({error}); bring the files, or train/<class>/*.png")
-        images = torch.as_tensor(data.data)
-        images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
-        sets.append((images, torch.as_tensor(data.targets)))
-    return *sets, data.classes
+            data = dataset(root, train=is_train)
+        except Exception as error:  # torn files raise AssertionError, TypeError, EOFError, ..
+            if "not found" in str(error):  # torchvision's words for files that are not there
+                advice = f"put the files of {name} into {files}, or images into train/<class>/"
+                raise OSError(f"no network? {advice} ({problem})") from error
+            raise OSError(f"damaged: delete {files} and run again ({_one_line(error)})") from error
+        images = torch.as_tensor(data.data)  # (N, H, W) or (N, H, W, C)
+        labels = torch.as_tensor(data.targets)
+        known = (labels >= 0) & (labels < 10)
+        if not len(images) == len(labels) == known.sum():
+            found = f"{len(images)} images, {int(known.sum())} labels from 0 to 9"
+            raise ValueError(f"damaged: delete {files} and run again ({found})")
+        pixels = tuple(images.shape[1:3])
+        if pixels != (size, size):
+            advice = "put images of your own into train/<class>/"
+            raise ValueError(f"{advice}: those in {files} are {pixels}, not {(size, size)}")
+        images = images.reshape(len(images), size, size, CHANNELS[name])
+        sets.append((images.permute(0, 3, 1, 2).contiguous(), labels))
+    return sets, data.classes
+
+
+def _fetch(dataset, root):
+    """One process per node downloads, the others wait. Returns why files may be missing."""
+    problem = "the process that fetches them failed"
+    if not dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":
+        try:
+            dataset(root, download=True)
+        except Exception as error:
+            # Raised here, it would leave the others waiting. Reading will show what it means.
+            problem = _one_line(error)
+    if dist.is_initialized():
+        dist.barrier()
+    return problem
+
+
+def _read_folders(root, size, channels):
+    listed = [_list_images(root / "train")]
+    for test in (root / "test", root / "val"):
+        if test.is_dir() and len(listed) == 1:
+            listed.append(_list_images(test))
+            different = sorted(listed[0].keys() ^ listed[1].keys())
+            if different:
+                raise ValueError(f"give {test} the folders of train: one has no {different[0]}")
+    return [_read_images(files, size, channels) for files in listed], list(listed[0])
+
+
+def _list_images(folder):
+    """{class: [path, ..]} of folder/<class>/**: every file whose ending Pillow can open."""
+    from PIL import Image
+
+    formats = Image.registered_extensions()
+    endings = {ending for ending in formats if formats[ending] in Image.OPEN}
+    files = {}
+    others = []
+    for path in _visible(folder):
+        if not path.is_dir():
+            others.append(path)
+            continue
+        files[path.name] = []
+        for file in _walk(path):
+            if file.suffix.lower() in endings:
+                files[path.name].append(file)
+            else:
+                others.append(file)
+        if not files[path.name]:
+            raise ValueError(f"put images into {path}, or delete it: there is none in it")
+    if not files:
+        raise ValueError(f"put images into {folder}/<class>/: there is no class in it")
+    if others:
+        _print0(f"{folder}: {len(others)} files are no images, such as {others[0].name}")
+    return files
+
+
+def _walk(folder):
+    for path in _visible(folder):
+        if path.is_dir():
+            yield from _walk(path)
+        else:
+            yield path
+
+
+def _visible(folder):
+    """What is in the folder, by name, less what editors, file managers and archivers hide there."""
+    names = sorted(os.listdir(folder))
+    return [folder / name for name in names if not name.startswith((".", "__MACOSX"))]
+
+
+def _read_images(files, size, channels):
+    samples = [(path, label) for label, name in enumerate(files) for path in files[name]]
+    images = torch.empty(len(samples), channels, size, size, dtype=torch.uint8)
+    labels = torch.tensor([label for _, label in samples])
+    reported = time.monotonic()
+    for i, (path, _) in enumerate(samples):
+        images[i] = read_image(path, size, channels)
+        if time.monotonic() - reported > 5:
+            _print0(f"{i + 1} of {len(samples)} images read")
+            reported = time.monotonic()
+    return images, labels
+
 
 def read_image(path, size, channels):
-    """uint8 (channels, size, size) of any image file, cropped and scaled. Raises ValueError if it cannot be read."""
+    """uint8 (channels, size, size) of any image file, its middle square scaled with bicubic.
+
+    An image of that size is read exactly. Transparent pixels are laid on white.
+    Raises ValueError for a file that is not an image, is damaged, or has no known range of values.
+    """
     from PIL import Image, ImageOps
     from torchvision.transforms.functional import pil_to_tensor
 
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)  # photographs lie on their side and say so
-            image = image.point(lambda v: v / 256) if image.mode.startswith("I") else image  # 16 bits
-            image = image.convert("L" if channels == 1 else "RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not an image that can be read ({error})") from error
+            image = _to_rgb(image)
+    except Exception as error:
+        # Out of 15,600 damaged files 38 made Pillow raise other things than OSError, SyntaxError
+        # and ValueError. Whatever it is, the user needs the name of the file.
+        raise ValueError(
+            f"replace or delete {path}: cannot read it ({_one_line(error)})"
+        ) from error
+    if channels == 1:
+        image = image.convert("L")
     return pil_to_tensor(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
 
-def _read_folder(root, size, channels):
-    from torchvision.datasets import ImageFolder
 
-    folder = ImageFolder(root)  # its FileNotFoundError names what is missing
-    images = torch.empty(len(folder), channels, size, size, dtype=torch.uint8)
-    for i, (path, _) in enumerate(folder.samples):
-        images[i] = read_image(path, size, channels)
-    return images, torch.tensor(folder.targets), folder.classes
+def _to_rgb(image):
+    """An image in any of Pillow's modes as RGB of 8 bits."""
+    from PIL import Image, ImageOps
+    from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Randomness: everything is drawn by a generator made for it from two numbers, so no random state is ever saved.
+    # Pillow has mode I for numbers of 32 bits, but also for the 16 bits of some PNG and PGM files.
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise ValueError(f"mode {image.mode} has no known range, save it with 8 or 16 bits")
+    image = ImageOps.exif_transpose(image)  # cameras store pictures sideways, and say so in EXIF
+    if image.mode.startswith("I"):
+        values = pil_to_tensor(image.convert("I"))  # int32 (1, H, W), for any byte order
+        brightest = int(values.max())
+        if 0 < brightest < 4096:  # numbers of 8, 10 or 12 bits, which would all be black
+            raise ValueError(
+                f"no value above {brightest}, scale it to 65535 or save it with 8 bits"
+            )
+        grey = values // 256
+        grey[values == image.info.get("transparency", -1)] = 255
+        image = to_pil_image(grey.to(torch.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _print0(message):
+    """Prints on process 0; characters that the console lacks come out escaped, and end no run."""
+    if os.environ.get("RANK", "0") == "0":
+        encoding = sys.stdout.encoding or "utf-8"
+        print(message.encode(encoding, errors="backslashreplace").decode(encoding), flush=True)
+
+
+def _one_line(error):
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# --------------------------------------------------------------------------------------------------
+# Randomness: a generator is made from two numbers for each draw, so no random state is ever saved
+
 
 def generator(seed, n, device="cpu"):
     """The torch.Generator of the n-th draw under `seed`."""
-    # A CPU's Mersenne Twister reads 32 bits of its seed. The golden ratio puts our seeds 0, 1, 2, .. far apart in them.
+    # A CPU's Mersenne Twister reads 32 bits of its seed, and the golden ratio puts ours far apart.
     return torch.Generator(device).manual_seed((seed * 2654435769 + n) % 2**32)
 
-def batch(images, labels, T, batch_size, seed, step, flip=False, rank=0, world=1):
-    """All that is random in training step `step`: x0 (B, C, H, W) in [-1, 1], y (B,), t (B,), noise, u (B,) in [0, 1).
 
-    It is drawn for the whole global batch and then sliced, so that process `rank` of `world` has its B = batch_size /
-    world rows of what a single one would have. With flip, half of the images are mirrored; u decides on dropped labels.
+def batch(images, labels, T, batch_size, seed, step, flip=False, rank=0, world=1):
+    """All the randomness of a training step, a function of (seed, step) and of nothing else.
+
+    Returns x0 (B, C, H, W) in [-1, 1], y (B,), t (B,) in 0 .. T-1, noise like x0, and u (B, 8):
+    for each image eight uniform numbers in [0, 1), for what the script leaves to chance, such as
+    dropping a label. With flip, half of the images are mirrored.
+
+    All is drawn for the whole global batch, then sliced: process `rank` of `world` gets its
+    B = batch_size / world rows of what a single process would get.
     """
     device = images.device
     g = generator(seed, step, device)
     index = torch.randint(len(images), (batch_size,), generator=g, device=device)
     t = torch.randint(T, (batch_size,), generator=g, device=device)
     noise = torch.randn(batch_size, *images.shape[1:], generator=g, device=device)
-    u, mirror = torch.rand(2, batch_size, generator=g, device=device)
+    uniform = torch.rand(9, batch_size, generator=g, device=device)
+    mirror = uniform[1]
+    u = torch.cat([uniform[:1], uniform[2:]]).T
+
     mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
     x0 = images[index[mine]].float() / 127.5 - 1
     if flip:
         x0 = torch.where(mirror[mine, None, None, None] < 0.5, x0.flip(-1), x0)
     return x0, labels[index[mine]], t[mine], noise[mine], u[mine]
 
+
 def noises(seed, index, shape, device="cpu"):
-    """Yields noise (len(index), *shape) for ever: row k is a function of (seed, index[k]), whatever is beside it."""
+    """Yields noise (len(index), *shape) for ever; row k is a function of (seed, index[k]) alone."""
     generators = [generator(seed, i, device) for i in index]
-    while True:  # eight at a time: on a GPU, a call per image and step would take longer than the network
-        yield from torch.stack([torch.randn(8, *shape, generator=g, device=device) for g in generators], dim=1)
+    while True:
+        # Eight at a time: on a GPU, a call per image and step would outlast the network.
+        draws = [torch.randn(8, *shape, generator=g, device=device) for g in generators]
+        yield from torch.stack(draws, dim=1)

@@ -1,400 +1,620 @@
-"""All are worth words: U-ViT (Bao et al. 2022, arXiv 2209.12152) on CIFAR-10, all in this file.
+"""U-ViT: all are worth words (Bao et al. 2022, arXiv 2209.12152) on CIFAR-10.
 
-Everything is a token: the patches, the time, the class. A plain transformer takes the noise away, and long skips from
-its first half to its second, as in a UNet, carry details past the middle. It predicts v.
+Everything is a token: the patches, the time, the class. A plain transformer takes the noise away,
+and long skips from its first half to its second, as in a UNet, carry details past the middle.
 
-    python uvit_cifar10.py --sample-only                      # draw from the shipped checkpoint, a row per class
+    python uvit_cifar10.py --sample-only                      # draw from the shipped checkpoint
     python uvit_cifar10.py --data-dir data                    # fetch CIFAR-10, train, draw
     torchrun --standalone --nproc_per_node=8 uvit_cifar10.py  # the same on eight GPUs
 """
 
-import argparse, contextlib, copy, functools, math, os, re, shutil, signal, sys, time, zipfile
+import argparse
+import copy
+import math
+import os
+import signal
+import sys
+import time
+import zipfile
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
+from filelock import FileLock
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-NAME, T, CHANNELS, SIZE = Path(__file__).stem, 1000, 3, 32
+NAME = Path(__file__).stem
+DATA, CHANNELS, SIZE = "CIFAR10", 3, 32  # an image is (CHANNELS, SIZE, SIZE)
+T = 1000  # times of the schedule: 0 is almost the image, T - 1 almost noise
+NOISE = -5.1  # log(alpha / sigma) below which x_t has nothing left of the image
+SHAPE = ["dim", "depth", "heads", "patch"]  # the flags that shape the network
+# the flags that --resume takes from the checkpoint of a run, where nothing else is typed
+RUN = [*SHAPE, "data_dir", "batch_size", "max_steps", "lr", "warmup", "ema", "seed"]
+RUN += ["log_every", "save_every", "sample_every"]
+# What the numbers in a checkpoint mean. Change an entry when you change the thing it names, and
+# weights that mean something else are refused.
+MEANING = {"script": NAME, "data": DATA, "size": SIZE, "T": T}
+MEANING |= {"schedule": "cosine", "predicts": "v"}
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes, by torchrun; without it there is one
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
 
-# ---- The network: a transformer on patches, time and class, with long skips (Bao et al. 2022, section 3)
+# ---- The network: a transformer on patches, time and class (Bao et al. 2022, section 3)
+
+
 def timestep_embedding(t, dim):
-    """int64 (B,) -> (B, dim): sines and cosines at dim / 2 frequencies from 1 to 1/10000 (Vaswani et al. 2017, 3.5)."""
-    angles = t[:, None] * torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    """int64 (B,) -> (B, dim): sines and cosines at dim / 2 frequencies from 1 to 1/10000."""
+    frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angles = t[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
+
 
 class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
-        self.heads, self.qkv, self.out = heads, nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim)
 
-    def forward(self, x):  # (B, N, D)
-        q, k, v = rearrange(self.qkv(x), "b n (qkv heads d) -> qkv b heads n d", qkv=3, heads=self.heads)
-        slow = q.is_cpu and q.dtype is torch.bfloat16  # where the formula is twice as fast as PyTorch's kernel
-        x = (q * q.shape[-1]**-0.5 @ k.mT).softmax(dim=-1) @ v if slow else F.scaled_dot_product_attention(q, k, v)
-        return self.out(rearrange(x, "b heads n d -> b n (heads d)"))
+    def forward(self, x):  # (B, N, D) -> (B, N, D)
+        q, k, v = rearrange(self.qkv(x), "b n (k h d) -> k b h n d", k=3, h=self.heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.out(rearrange(x, "b h n d -> b n (h d)"))
+
 
 class Block(nn.Module):
-    """Attention and MLP. In the second half, what comes along the long skip is concatenated and mixed in first."""
+    """Attention and MLP. In the second half, what the long skip brings is mixed in first."""
+
     def __init__(self, dim, heads, skip=False):
         super().__init__()
         self.skip = nn.Linear(2 * dim, dim) if skip else None
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
         self.attention = Attention(dim, heads)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x, skip=None):  # (B, N, D) -> (B, N, D)
-        x = x if skip is None else self.skip(torch.cat([x, skip], dim=-1))
+        if self.skip:
+            x = self.skip(torch.cat([x, skip], dim=-1))
         x = x + self.attention(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
+
 class UViT(nn.Module):
-    """x float (B, channels, size, size) in [-1, 1], t int64 (B,) in 0 .. T - 1, y int64 (B,) in 0 .. num_classes (the
-    null class, and the default) -> v, float32, of x's shape. U-ViT-S/2 has dim 512, depth 12 (6 + 1 + 6), heads 8."""
-    def __init__(self, dim=256, depth=8, heads=4, patch=2, num_classes=10, channels=CHANNELS, size=SIZE):
+    """x_t (B, C, H, W), t (B,), y (B,) -> v, like x_t. y = num_classes, the default, is no class.
+
+    U-ViT-S/2 has dim 512, depth 12 (beside the middle block), heads 8, patch 2. Raises ValueError
+    for images of another size.
+    """
+
+    def __init__(self, dim=256, depth=8, heads=4, patch=2, num_classes=10):
         super().__init__()
-        self.dim, self.patch, self.num_classes = dim, dict(p=patch, q=patch), num_classes
-        self.embed, self.label = nn.Linear(channels * patch**2, dim), nn.Embedding(num_classes + 1, dim)
-        self.positions = nn.Parameter(0.02 * torch.randn(2 + (size // patch) ** 2, dim))
+        self.dim = dim
+        self.patch = patch
+        self.side = SIZE // patch  # patches along a side
+        self.num_classes = num_classes
+
+        self.embed = nn.Linear(CHANNELS * patch**2, dim)
+        self.label = nn.Embedding(num_classes + 1, dim)
+        self.positions = nn.Parameter(0.02 * torch.randn(2 + self.side**2, dim))
         self.down = nn.ModuleList(Block(dim, heads) for _ in range(depth // 2))
         self.middle = Block(dim, heads)
         self.up = nn.ModuleList(Block(dim, heads, skip=True) for _ in range(depth // 2))
-        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, channels * patch**2)
-        self.smooth = nn.Conv2d(channels, channels, 3, padding=1)  # against seams between the patches
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, CHANNELS * patch**2)
+        self.smooth = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)  # no seams between the patches
 
     def forward(self, x, t, y=None):
-        y = torch.full_like(t, self.num_classes) if y is None else y
-        patches = self.embed(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", **self.patch))
-        h = torch.stack([timestep_embedding(t, self.dim), self.label(y)], dim=1)
-        h, skips = torch.cat([h, patches], dim=1) + self.positions, []  # (B, 2 + N, D)
+        if x.shape[1:] != (CHANNELS, SIZE, SIZE):
+            raise ValueError(f"images are {(CHANNELS, SIZE, SIZE)} here, not {tuple(x.shape[1:])}")
+        if y is None:
+            y = torch.full_like(t, self.num_classes)
+        time_and_class = torch.stack([timestep_embedding(t, self.dim), self.label(y)], dim=1)
+        p = self.patch
+        x = self.embed(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p))
+        x = torch.cat([time_and_class, x], dim=1) + self.positions  # (B, 2 + N, D)
+        skips = []
         for block in self.down:
-            skips.append(h := block(h))
-        h = self.middle(h)
+            x = block(x)
+            skips.append(x)
+        x = self.middle(x)
         for block in self.up:
-            h = block(h, skips.pop())
-        h = self.head(self.norm(h))[:, 2:]
-        h = rearrange(h, "b (h w) (c p q) -> b c (h p) (w q)", h=x.shape[2] // self.patch["p"], **self.patch)
-        return self.smooth(h).float()
+            x = block(x, skips.pop())
+        x = self.head(self.norm(x))[:, 2:]
+        x = rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", h=self.side, p=p, q=p)
+        return self.smooth(x).float()
 
-# ---- The samplers. They know of no network: denoise(x_t, t) gives an estimate of the clean image, x0_hat
+
+# ---- Diffusion: the loss, the denoiser, and the samplers, which know of no network
+
+
+def schedule(device="cpu"):
+    """alphas_cumprod (T,): the share of the image's variance that is left at each time."""
+    from common import alpha_bar, cosine_betas  # here, so that this file works alone
+
+    return alpha_bar(cosine_betas(T)).to(device)
+
+
+def loss(model, x0, y, t, noise, alphas_cumprod):
+    """Ho et al. 2020, algorithm 1: mix images with noise, and ask the network which is which.
+
+    x0 and noise (B, C, H, W), y and t (B,), alphas_cumprod (T,) -> a scalar. What the network
+    predicts is v (Salimans & Ho 2022, 2202.00512); another target changes this and `denoiser`.
+    """
+    a = alphas_cumprod[t][:, None, None, None]
+    x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise  # eq. 4
+    v = a.sqrt() * noise - (1 - a).sqrt() * x0
+    weight = torch.minimum(a, 5 * (1 - a))  # min-SNR-5 for v (Hang et al. 2023, 2303.09556)
+    return (weight * (model(x_t, t, y) - v).square()).mean()
+
+
 def denoiser(model, alphas_cumprod, y=None, guidance=1.0, interval=(0.0, 1.0)):
-    """denoise(x_t, t) -> x0_hat in [-1, 1], for a model(x_t, t, y) that predicts v (Salimans & Ho 2022, 2202.00512).
-    y: classes (B,), which guidance needs. Guidance 1 leaves v as it is, more moves it away from that of the null class;
-    it is 1 + w in Ho & Salimans 2022 (2207.12598), eq. 6. It acts where t / T is in `interval` (2404.07724)."""
-    def denoise(x_t, t):  # float (B, C, H, W), int64 (B,)
-        alpha_bar, (low, high) = alphas_cumprod.to(t.device)[t][:, None, None, None], interval
-        if guidance == 1 or (low, high) != (0, 1) and not low <= t[0].item() / len(alphas_cumprod) <= high:
+    """denoise(x_t, t) -> x0 in [-1, 1], for a model(x_t, t, y) that predicts v.
+
+    Guidance 1 is none; it is 1 + w in Ho & Salimans 2022 (2207.12598) and needs y. It acts while
+    t / T is in `interval` (Kynkaanniemi et al. 2024, 2404.07724).
+    """
+
+    def denoise(x_t, t):
+        low, high = interval
+        if guidance == 1 or not low <= t[0] / len(alphas_cumprod) <= high:
             v = model(x_t, t, y)
-        else:
+        else:  # with and without the class, in one batch
             null = torch.full_like(y, model.num_classes)
-            v, v_null = model(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, null])).chunk(2)
+            both = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, null]))
+            v, v_null = both.chunk(2)
             v = v_null + guidance * (v - v_null)
-        return (alpha_bar.sqrt() * x_t - (1 - alpha_bar).sqrt() * v).clamp(-1, 1)
+        a = alphas_cumprod[t][:, None, None, None]
+        return (a.sqrt() * x_t - (1 - a).sqrt() * v).clamp(-1, 1)
+
     return denoise
 
-def timestep_pairs(T, steps):
-    """[(t, t_next), ..]: equal strides from T - 1 to -1, the clean image (Lin et al. 2023, 2305.08891, table 2)."""
-    ts = [round(T * i / steps) - 1 for i in range(steps, -1, -1)]
-    return list(zip(ts, ts[1:]))
 
-def ddpm_sample(denoise, x, alphas_cumprod, steps=1000, variance="small", randn=torch.randn_like):
-    """Ancestral sampling (Ho et al. 2020, algorithm 2): draw each x_{t_next} from q(x_{t_next} | x_t, x0_hat).
-    denoise: (float (B, C, H, W), int64 (B,)) -> float (B, C, H, W); x: noise (B, C, H, W); alphas_cumprod: float (T,);
-    steps: how many, at most T, or a list of (t, t_next); variance: "small" (beta-tilde) is the posterior's, "large"
-    (beta) best where the data are white noise (section 3.2); randn: x -> noise like x. Returns (B, C, H, W)."""
-    alpha_bar = alphas_cumprod.tolist() + [1.0]  # so that alpha_bar[-1] is the clean image's
-    for t, t_next in steps if isinstance(steps, list) else timestep_pairs(len(alphas_cumprod), steps):
+def timestep_pairs(T, steps):
+    """[(t, t_next), ..]: equal strides from T - 1 to -1, the clean image (2305.08891, table 2)."""
+    ts = [round(T * i / steps) - 1 for i in range(steps, -1, -1)]
+    return list(zip(ts[:-1], ts[1:], strict=True))
+
+
+def ddpm_sample(denoise, x, alphas_cumprod, steps=1000, randn=torch.randn_like):
+    """Ho et al. 2020, algorithm 2: draw each x_{t_next} from q(x_{t_next} | x_t, x0).
+
+    x is noise (B, C, H, W), denoise(x_t, t) gives x0, randn(x) gives noise like x.
+    """
+    alpha_bar = [*alphas_cumprod.tolist(), 1.0]  # alpha_bar[-1] is the clean image's
+    for t, t_next in timestep_pairs(len(alphas_cumprod), steps):
         a, a_next = alpha_bar[t], alpha_bar[t_next]
         x0 = denoise(x, torch.full((len(x),), t, device=x.device))
-        beta, left = 1 - a / a_next, (1 - a_next) / (1 - a)
-        x = math.sqrt(a_next) * beta / (1 - a) * x0 + math.sqrt(1 - beta) * left * x  # eq. 7
-        x = x + math.sqrt(beta if variance == "large" else left * beta) * randn(x) if t_next >= 0 else x
+        beta = 1 - a / a_next
+        shrink = (1 - a_next) / (1 - a)
+        x = math.sqrt(a_next) * beta / (1 - a) * x0 + math.sqrt(1 - beta) * shrink * x  # eq. 7
+        if t_next >= 0:
+            x = x + math.sqrt(shrink * beta) * randn(x)
     return x
 
+
 def ddim_sample(denoise, x, alphas_cumprod, steps=50, eta=0.0, randn=torch.randn_like):
-    """Denoising diffusion implicit models (Song et al. 2020, 2010.02502, eq. 12): move towards x0_hat, up to t_next.
-    The rest is as in ddpm_sample. With eta = 0 no noise is drawn and an ODE is solved; eta = 1 is ddpm_sample."""
-    alpha_bar = alphas_cumprod.tolist() + [1.0]
-    for t, t_next in steps if isinstance(steps, list) else timestep_pairs(len(alphas_cumprod), steps):
+    """Song et al. 2020 (2010.02502), eq. 12. With eta = 0 it solves an ODE; eta = 1 is DDPM."""
+    alpha_bar = [*alphas_cumprod.tolist(), 1.0]
+    for t, t_next in timestep_pairs(len(alphas_cumprod), steps):
         a, a_next = alpha_bar[t], alpha_bar[t_next]
         x0 = denoise(x, torch.full((len(x),), t, device=x.device))
         eps = (x - math.sqrt(a) * x0) / math.sqrt(1 - a)
-        sigma = eta * math.sqrt(max((1 - a_next) / (1 - a) * (1 - a / a_next), 0))  # eq. 16
+        sigma = eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))  # eq. 16
         x = math.sqrt(a_next) * x0 + math.sqrt(1 - a_next - sigma**2) * eps
-        x = x + sigma * randn(x) if sigma > 0 else x
+        if sigma > 0:
+            x = x + sigma * randn(x)
     return x
 
+
 def dpm_solver_sample(denoise, x, alphas_cumprod, steps=15, randn=None):
-    """DPM-Solver++(2M) (Lu et al. 2022, 2211.01095, algorithm 2): x0_hat is extrapolated from this step and the last.
-    The rest is as in ddpm_sample, but `steps` is a number: of times evenly spaced in lambda = log(alpha / sigma), those
-    that round to the same t being one. They start at -5.1: a cosine schedule has little but noise before it."""
-    alpha_bar = alphas_cumprod.cpu().double()  # in this order: an Apple GPU has no float64
-    lambdas = alpha_bar.logit() / 2
-    even = torch.linspace(max(lambdas[-1].item(), -5.1), lambdas[0], max(steps, 2), dtype=torch.float64)[:steps]
-    ts = sorted({(lambdas - value).abs().argmin().item() for value in even}, reverse=True)
+    """DPM-Solver++(2M) (Lu et al. 2022, 2211.01095, algorithm 2), in even steps of lambda.
+
+    Draws no noise. Takes fewer steps than asked for where two of them round to the same time.
+    """
+    alpha_bar = alphas_cumprod.tolist()
+    # log(alpha / sigma), finite where alpha-bar is 1. An Apple GPU has no float64.
+    lambdas = alphas_cumprod.cpu().double().clamp(max=1 - 1e-7).logit() / 2
+    first, last = max(lambdas[-1].item(), NOISE), lambdas[0].item()
+    targets = torch.linspace(first, last, max(steps, 2), dtype=torch.float64)[:steps]
+    ts = sorted({(lambdas - target).abs().argmin().item() for target in targets}, reverse=True)
     x0_before = h_before = None
-    for t, t_next in zip(ts, ts[1:]):
+    for t, t_next in zip(ts[:-1], ts[1:], strict=True):
+        a, a_next = alpha_bar[t], alpha_bar[t_next]
         x0 = denoise(x, torch.full((len(x),), t, device=x.device))
-        a, a_next, h = alpha_bar[t].item(), alpha_bar[t_next].item(), (lambdas[t_next] - lambdas[t]).item()
-        d = x0 if x0_before is None else x0 + h / (2 * h_before) * (x0 - x0_before)
+        h = (lambdas[t_next] - lambdas[t]).item()
+        d = x0
+        if x0_before is not None:  # extrapolate from this estimate and the one before
+            d = x0 + h / (2 * h_before) * (x0 - x0_before)
         x = math.sqrt((1 - a_next) / (1 - a)) * x - math.sqrt(a_next) * math.expm1(-h) * d
         x0_before, h_before = x0, h
-    return denoise(x, torch.full((len(x),), ts[-1], device=x.device))  # first order, to where there is no noise
+    return denoise(x, torch.full((len(x),), ts[-1], device=x.device))
 
-class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal by five Newton-Schulz steps (Jordan et al. 2024, kellerjordan.github.io/posts/muon) and
-    as large as Adam's steps (2502.16982). torch.optim.Muon is in bfloat16, very slow on a CPU without it."""
-    @torch.no_grad()
-    def step(self):
-        for w in self.param_groups[0]["params"]:  # (m, n)
-            momentum = self.state[w].setdefault("momentum", torch.zeros_like(w)).lerp_(w.grad, 0.05)
-            x = w.grad.lerp(momentum, 0.95)  # Nesterov's
-            x = (x.mT if (tall := len(w) > w.shape[1]) else x) / x.norm().clamp(min=1e-7)
-            for _ in range(5):
-                gram = x @ x.mT
-                x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
-            w.sub_(x.mT if tall else x, alpha=0.2 * self.param_groups[0]["lr"] * math.sqrt(max(w.shape)))
 
-def train(cfg, state):
-    """Ho et al. 2020, algorithm 1. Returns the network of averaged weights, or None if a signal ends the run early.
-    Step n is a function of (cfg.seed, n) and the weights it finds, whatever the number of processes and of restarts."""
-    from common import alpha_bar, batch, cosine_betas, load_data, min_snr_weights, q_sample, x0_to_v
-    torch.manual_seed(cfg.seed % 2**32)  # the same first weights in every process
-    with blame(f"--data-dir {cfg.data_dir}"):
-        train_set, test_set, cfg.names = load_data("CIFAR10", cfg.data_dir, SIZE, cfg.device)
-    cfg.chosen = choose(cfg)
-    model = UViT(*(getattr(cfg, name) for name in SHAPE), len(cfg.names)).to(cfg.device)
-    ema = copy.deepcopy(model).requires_grad_(False)
-    averages, named = list(ema.parameters()), dict(model.named_parameters())
-    hidden = {k: w for k, w in named.items() if cfg.muon and w.ndim == 2 and re.search("attention|mlp|skip", k)}
-    adam = torch.optim.Adam([w for k, w in named.items() if k not in hidden], fused=cfg.device.type != "mps")
-    muon = Muon([dict(params=hidden.values())], {})
-    parts, path = dict(model=model, ema=ema, optimizer=adam, muon=muon), Path(cfg.run_dir, "ckpt.pt")
-    new = dict(step=0, log=["step,images,loss,val_loss,lr,grad_norm,images_per_s,seconds"], seconds=0.0)
-    with blame(f"--resume: {path} does not fit"):
-        [part.load_state_dict(state[name]) for name, part in parts.items() if state]
-        first, rows, seconds = [(state or new)[name] for name in new]
+SAMPLERS = {"ddpm": ddpm_sample, "ddim": ddim_sample, "dpm": dpm_solver_sample}
 
-    def save(step):
-        config = dict(script=NAME, names=cfg.names) | {name: getattr(cfg, name) for name in SAVED + SHAPE}
-        more = dict(step=step, log=rows, seconds=seconds, config=config, job=os.environ.get("TORCHELASTIC_RUN_ID"))
-        with blame(f"{path} cannot be written (disk full?), and what was there still is"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({k: p.state_dict() for k, p in parts.items()} | more, f"{path}.tmp")
-            os.replace(f"{path}.tmp", path)  # so that no kill leaves a torn file
-    say = print if cfg.rank == 0 else lambda *_, **__: None
-    say(f"{cfg.device.type} x {cfg.world}, {cfg.dtype}, {sum(w.numel() for w in averages) / 1e6:.2f} M parameters")
-    say(f"{cfg.data_dir}: {len(train_set[0])} images; {cfg.run_dir}: from step {first} to {cfg.max_steps}", flush=True)
-    save(0) if cfg.rank == 0 and not state else None
-    alphas_cumprod = alpha_bar(cosine_betas(T)).to(cfg.device)
-    weight = min_snr_weights(alphas_cumprod, "v", cfg.min_snr) if cfg.min_snr > 0 else torch.ones_like(alphas_cumprod)
-    net = torch.compile(model) if cfg.compile else model
-    net = nn.parallel.DistributedDataParallel(net) if cfg.world > 1 else net
+# ---- Files and messages
 
-    def loss_of(net, data, *which, **share):
-        x0, y, t, noise, u = batch(*data, T, *which, **share)
-        x_t, y = q_sample(x0, t, noise, alphas_cumprod), torch.where(u < 0.1, len(cfg.names), y)  # for guidance
-        with cfg.autocast:
-            v = net(x_t, t, y)
-        return (weight[t] * (v - x0_to_v(x_t, t, x0, alphas_cumprod)).square().mean(dim=(1, 2, 3))).mean()
-    total = (lambda x: dist.all_reduce(x) or x) if cfg.world > 1 else lambda x: x  # over all processes
-    stop, recent, tick, ticked = [], [], time.perf_counter(), first
-    old = {n: signal.signal(n, lambda *_: stop.append(True)) for n in (signal.SIGINT, signal.SIGTERM)}
-    for step in range(first + 1, cfg.max_steps + 1):
-        # the paper's rate is constant; this one falls, and unlike a cosine it needs no end of the run to aim for
-        lr = cfg.lr * min(step / cfg.warmup, math.sqrt(cfg.warmup / step))
-        loss = loss_of(net, train_set, cfg.batch_size, cfg.seed, step, flip=True, rank=cfg.rank, world=cfg.world)
-        loss.backward()
-        recent.append(torch.stack([loss.detach(), nn.utils.clip_grad_norm_(model.parameters(), 1.0)]))
-        adam.param_groups[0]["lr"] = muon.param_groups[0]["lr"] = lr
-        adam.step(), cfg.autocast(muon.step)(), model.zero_grad()
-        seen = step * cfg.batch_size
-        half_life = min(cfg.ema, 0.05 * seen)  # images; it grows with the run, which so forgets its first, bad weights
-        torch._foreach_lerp_(averages, [w.data for w in named.values()], 1 - 0.5 ** (cfg.batch_size / half_life))
-        leaving = bool(stop) if cfg.world == 1 else step % 10 == 0 and total(torch.tensor(len(stop), device=cfg.device))
-        saving = leaving or step == cfg.max_steps or step % cfg.save_every == 0
-        reporting = step % cfg.log_every == 0 or step == first + 10
-        if saving or reporting:  # not at every step, for here the host waits for the device
-            values = total(torch.stack(recent)) / cfg.world
-            loss, grad_norm = values.mean(dim=0).tolist()
-            if False in (fine := values.isfinite().all(dim=1).tolist()):
-                bad = step - len(fine) + 1 + fine.index(False)
-                die(f"loss or gradient not finite at step {bad}; {path} is older: try --resume with a lower --lr")
-        if reporting:
-            val_loss = f"{loss_of(ema, test_set, 256, 0, 0).item():.5f}" if test_set else ""
-            elapsed, images = time.perf_counter() - tick, cfg.batch_size * (step - ticked)
-            pace, seconds, tick, ticked, recent = images / elapsed, seconds + elapsed, tick + elapsed, step, []
-            left = f"{pace:.0f} images/s  {(cfg.max_steps - step) * cfg.batch_size / pace / 60:.1f} min left"
-            say(f"step {step}  loss {loss:.4f}  validation {val_loss}  {left}", flush=True)
-            rows.append(f"{step},{seen},{loss:.5f},{val_loss},{lr:g},{grad_norm:.3f},{pace:.0f},{seconds:.0f}")
-            with blame(f"--run-dir {cfg.run_dir}"):
-                Path(cfg.run_dir, "log.csv").write_text("\n".join([*rows, ""])) if cfg.rank == 0 else None
-        save(step) if saving and cfg.rank == 0 else None
-        if leaving:  # several processes agree on it every ten steps
-            return say(f"stopped after step {step}; --resume continues", flush=True)
-        if cfg.sample_every and step % cfg.sample_every == 0:
-            write(ema, cfg, f"{cfg.run_dir}/samples-{step:07d}.png", min(cfg.n, 100))
-    [signal.signal(number, handler) for number, handler in old.items()]  # from here on, they may end the drawing
-    return ema
 
-@torch.no_grad()
-def draw(model, cfg, index, looks=1):
-    """float (looks, len(index), C, H, W): looks at equal distances on the way from noise, the last one at the images.
-    Image k is a function of (cfg.seed, index[k]) and its class alone, whatever else is drawn with it."""
-    from common import alpha_bar, cosine_betas, noises
-    noise = noises(cfg.seed, index, (CHANNELS, SIZE, SIZE), cfg.device)
-    alphas_cumprod = alpha_bar(cosine_betas(T)).to(cfg.device)
-    y = torch.tensor([cfg.chosen[i % len(cfg.chosen)] for i in index], device=cfg.device)
-    denoise, frames = cfg.autocast(denoiser(model, alphas_cumprod, y, cfg.guidance, cfg.guidance_interval)), []
-    watch = lambda x_t, t: looks > 1 and frames.append(x_t) or denoise(x_t, t)
-    walk = dict(ddpm=ddpm_sample, ddim=functools.partial(ddim_sample, eta=cfg.eta), dpm=dpm_solver_sample)[cfg.sampler]
-    frames.append(walk(watch, next(noise), alphas_cumprod, cfg.steps, randn=lambda _: next(noise)))
-    return torch.stack([frames[(len(frames) - 1) * (i + 1) // looks] for i in range(looks)])
+def print0(message):
+    if RANK == 0:
+        print(message, flush=True)
 
-def save_picture(frames, path, rows=1):
-    """float (looks, N, C, H, W) -> a grid, image i in row i % rows, that moves if there are several looks."""
-    from PIL import Image
-    frames = frames.mul(127.5).add(128).clamp(0, 255).byte().cpu()
-    frames = F.pad(frames, [int(frames.shape[1] > 1)] * 4 + [0, 0, 0, -frames.shape[1] % rows])
-    pixels = rearrange(frames, "looks (columns rows) c h w -> looks (rows h) (columns w) c", rows=rows)
-    first, *rest = [Image.fromarray(p.numpy()) for p in pixels.expand(-1, -1, -1, 3).contiguous()]
-    more = dict(save_all=True, append_images=rest, duration=[60] * len(rest) + [2000], loop=0) if rest else {}
-    with blame(f"--out {path}"):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        first.save(f"{path}.tmp", Path(path).suffix[1:], **more)
-        os.replace(f"{path}.tmp", path)
 
-def write(model, cfg, out, n):
-    """Draw n images, each process its share: out x.png is a grid, x.gif the way to it, x/ a file per image.
-    Image i has class i % P of the P chosen, and row i % P of the grid; a single class gets a square."""
-    folder, looks = out.endswith("/"), min(50, cfg.steps) if out.endswith(".gif") else 1
-    mine = range(cfg.rank * n // cfg.world, (cfg.rank + 1) * n // cfg.world)
-    path = lambda i: Path(out, f"{i:06d}-{cfg.chosen[i % len(cfg.chosen)]}.png")
-    mine = [i for i in mine if not folder or not path(i).exists()]  # what is drawn already is kept
-    drawn, start = [], time.perf_counter()
-    for at in range(0, len(mine), cfg.batch_size):
-        index = mine[at : at + cfg.batch_size]
-        images = draw(model, cfg, index, looks).cpu()
-        for k, i in enumerate(index if folder else ()):
-            save_picture(images[:, k : k + 1], path(i))
-        drawn += [] if folder else [images]
-        left = (time.perf_counter() - start) / (at + len(index)) * (len(mine) - at - len(index))
-        print(f"{at + len(index)} of {len(mine)} images, {left:.0f} s left", flush=True) if cfg.rank == 0 else None
-    if cfg.world > 1 and not folder:
-        dist.all_gather_object(shares := [None] * cfg.world, drawn)
-        drawn = sum(shares, [])
-    if cfg.rank == 0:
-        rows = min(n, len(cfg.chosen)) if len(cfg.chosen) > 1 else round(math.sqrt(n))
-        save_picture(torch.cat(drawn, dim=1), out, rows) if drawn else None
-        print(out, "(what was there before is kept)" if folder else "", flush=True)
-
-# ---- The command line. What is SAVED in a checkpoint is what --resume takes from there, where no flag says otherwise
-SAVED = "data_dir batch_size max_steps muon lr min_snr warmup ema save_every sample_every log_every seed dtype".split()
-SHAPE = "dim depth heads patch".split()
-
-def die(message):  # for what the user can put right: one line, exit code 2, no traceback
-    print(f"{NAME}.py: {' '.join(message.split())[:300]}", file=sys.stderr)
+def fail(message):
+    """For what the user can put right: one line and exit code 2, no traceback."""
+    line = "".join(c if c.isprintable() else " " for c in str(message))  # no escape codes
+    print(f"{NAME}.py: {' '.join(line.split())[:300]}", file=sys.stderr)
     sys.exit(2)
 
-@contextlib.contextmanager
-def blame(what):
+
+@contextmanager
+def replacing(path):
+    """Yield a temporary path and, at the end, move it to `path`: no kill leaves half a file."""
+    temporary = Path(f"{path}.tmp")
     try:
-        yield
-    except Exception as error:
-        die(f"{what}: {str(error).split('. ')[0] or type(error).__name__}")
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # it may be a link to somewhere else
+        yield temporary
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter where a disk is full
+        fail(f"cannot write {path}: {error}")
 
-def parse(**defaults):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.error, flag = lambda message: die(f"{message} (see --help)"), p.add_argument
-    def number(name, x, help): flag(name, type=type(x), default=x, metavar="N", help=f"{help} (%(default)s)")
-    flag("--sample-only", action="store_true", help="draw and exit; without it, train and then draw")
-    flag("--ckpt", metavar="PATH", help=f"weights to draw from (the run's, else checkpoints/{NAME}.pt)")
-    flag("--sampler", choices=["ddpm", "ddim", "dpm"], default="dpm", help="(%(default)s)")
-    number("--steps", 15, f"of at most {T}; ddim wants 50, ddpm 250")
-    number("--eta", 0.0, "noise in ddim: 0 is none, 1 is ddpm"), number("--seed", 0, "of the images, or the training")
-    flag("--classes", metavar="N,N", help="the classes to draw, a row each (all of them)")
-    number("--guidance", 3.0, "1 is none, more obeys the class more")
-    def numbers(text): return tuple(map(float, text.split(",")))
-    flag("--guidance-interval", type=numbers, default="0,1", metavar="LO,HI", help="of t / T, to guide (%(default)s)")
-    flag("-n", "--n", type=int, default=100, metavar="N", help="images (%(default)s)")
-    flag("--out", metavar="PATH", help="x.png a grid, x.gif the way to it, x/ a PNG per image (samples.png)")
-    flag("--data-dir", default="data", metavar="PATH", help="CIFAR-10, or train/<class>/*.png (%(default)s)")
-    flag("--run-dir", default=f"runs/{NAME}", metavar="PATH", help="ckpt.pt, log.csv, samples (%(default)s)")
-    flag("--resume", action="store_true", help="continue the run in --run-dir, if any, with the flags it had")
-    number("--batch-size", 256, "images, over all processes"), number("--max-steps", 80000, "to train in all")
-    flag("--muon", action=argparse.BooleanOptionalAction, default=True, help="for the blocks' matrices; or only Adam")
-    number("--lr", 6e-3, "the highest learning rate"), number("--warmup", 500, "steps up to it, then 1/sqrt(step)")
-    number("--ema", 500000, "half-life, in images"), number("--min-snr", 5.0, "gamma of 2303.09556; 0: no weights")
-    number("--save-every", 500, "steps"), number("--log-every", 100, "steps")
-    number("--sample-every", 2000, "steps, 0 is never")
-    number("--dim", 256, "channels of a token"), number("--heads", 4, "of attention")
-    number("--depth", 8, "blocks beside the middle one"), number("--patch", 2, "pixels, the side of a token")
-    flag("--device", metavar="NAME", help="where to compute (cuda, else mps, else cpu)")
-    flag("--dtype", choices=["float32", "bfloat16"], help="of the network (bfloat16 where the hardware has it)")
-    flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (for training on cuda)")
-    cfg = p.parse_args(namespace=argparse.Namespace(**defaults))
-    cfg.rank, cfg.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cfg.sample_only |= cfg.ckpt is not None
-    counts = "n steps batch_size save_every log_every warmup ema dim depth heads patch lr".split()
-    for wrong, message in [
-        *((getattr(cfg, k) <= 0, f"--{k.replace('_', '-')} {getattr(cfg, k)}: must be above 0") for k in counts),
-        (not cfg.sample_only and cfg.batch_size % cfg.world, f"--batch-size {cfg.batch_size} over {cfg.world} ranks"),
-        (cfg.steps > T, f"--steps {cfg.steps}: there are {T}"),
-        (not 0 <= cfg.eta <= 1, f"--eta {cfg.eta}: must be from 0 to 1"),
-        (cfg.dim % (math.lcm(2, cfg.heads) or 1), f"--dim {cfg.dim}: not a multiple of 2 and --heads {cfg.heads}"),
-        (len(g := cfg.guidance_interval) != 2 or not 0 <= g[0] <= g[1] <= 1, f"--guidance-interval {g}: not LO,HI"),
-        (cfg.depth % 2, f"--depth {cfg.depth}: must be even, half before and half after the middle"),
-        (SIZE % (cfg.patch or 1), f"--patch {cfg.patch}: must divide {SIZE}"),
-        (not (cfg.out or "/").endswith((".png", ".gif", "/")), f"--out {cfg.out}: must end in .png, .gif or /"),
-    ]:
-        die(message) if wrong and (defaults or cfg.sample_only or not cfg.resume) else None  # a resumed run has its own
-    return cfg
 
-def choose(cfg):
-    known = {str(k): name for k, name in enumerate(cfg.names)}
-    chosen = known if cfg.classes is None else cfg.classes.split(",")
-    return [int(k) if k.strip() in known else die(f"--classes {k}: there are {known}") for k in chosen]
+def load(path):
+    """(the network of averaged weights, the whole dict) that train() saved. Runs no code of it."""
+    try:
+        if zipfile.ZipFile(path).testzip():  # torch.load does not look
+            raise ValueError("it is damaged")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        config, weights = state["config"], state["ema"]
+        meaning = config.get("meaning", {**MEANING, "script": config["script"]})  # an older file
+        if meaning != MEANING:
+            raise ValueError(f"it is of {meaning}, and this is {MEANING}")
+        if not all(w.isfinite().all() for w in weights.values()):
+            raise ValueError("its weights are not finite")
+        shape, num_classes = [int(config[flag]) for flag in SHAPE], len(config["names"])
+    except Exception as error:  # of a dozen kinds, for a file can be damaged in many ways
+        fail(f"{path} is not a checkpoint of {NAME}.py: {error!r}")
+    model = UViT(*shape, num_classes).eval()
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        fail(f"{path} does not fit {NAME}.py: {error}")
+    return model, state
+
+
+# ---- Drawing
+
+
+@torch.no_grad()
+def draw(model, args, classes, index, looks=1):
+    """Images (looks, B, C, H, W): so many looks at the way from noise, the last at its end."""
+    from common import noises
+
+    device = next(model.parameters()).device
+    alphas_cumprod = schedule(device)
+    y = torch.tensor([classes[i % len(classes)] for i in index], device=device)
+    denoise = denoiser(model, alphas_cumprod, y, args.guidance, args.guidance_interval)
+    noise = noises(args.seed, index, (CHANNELS, SIZE, SIZE), device)
+    frames = []
+
+    def watched(x_t, t):
+        if looks > 1:
+            frames.append(x_t)
+        return denoise(x_t, t)
+
+    options = {"eta": args.eta} if args.eta else {}
+    options |= {"steps": args.steps, "randn": lambda x: next(noise)}
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        frames.append(SAMPLERS[args.sampler](watched, next(noise), alphas_cumprod, **options))
+    return torch.stack([frames[(len(frames) - 1) * (i + 1) // looks] for i in range(looks)])
+
+
+def picture(images, rows=1):
+    """float (N, C, H, W) in [-1, 1] -> a PIL image, where image i is in row i % rows."""
+    from torchvision.transforms.functional import to_pil_image
+
+    pixels = images.mul(127.5).add(128).clamp(0, 255).byte().cpu()
+    if len(pixels) > 1:  # a black frame around each, and black where the last column has none
+        pixels = F.pad(pixels, (1, 1, 1, 1, 0, 0, 0, -len(pixels) % rows))
+    return to_pil_image(rearrange(pixels, "(n rows) c h w -> c (rows h) (n w)", rows=rows))
+
+
+def write(model, args, classes, out, n):
+    """Draw n images. x.png is a grid, a row per class, x.gif the way to it, x/ a file each."""
+    looks = min(50, args.steps) if out.endswith(".gif") else 1
+    index = range(RANK, n, WORLD)  # every process draws its share
+    if not out.endswith("/"):
+        index = range(n if RANK == 0 else 0)
+    drawn = []
+    for start in range(0, len(index), args.batch_size):
+        part = index[start : start + args.batch_size]
+        drawn.append(draw(model, args, classes, part, looks).cpu())
+        print0(f"{start + len(part)} of {len(index)} images")
+        if out.endswith("/"):
+            for i, image in zip(part, drawn.pop()[0], strict=True):
+                with replacing(f"{out}{i:06d}-{classes[i % len(classes)]}.png") as path:
+                    picture(image[None]).save(path, "PNG")
+    if drawn:
+        rows = len(classes) if 1 < len(classes) < n else round(math.sqrt(n))
+        first, *rest = [picture(images, rows) for images in torch.cat(drawn, dim=1)]
+        moving = {"save_all": True, "append_images": rest, "duration": 60, "loop": 0}
+        with replacing(out) as path:
+            first.save(path, out[-3:], **(moving if rest else {}))
+    print0(out)
+
+
+# ---- Training
+
+
+class Muon(torch.optim.Optimizer):
+    """Orthogonal momentum (kellerjordan.github.io/posts/muon). PyTorch's is in bfloat16 only."""
+
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[0]
+        for w in group["params"]:
+            momentum = self.state[w].setdefault("momentum", torch.zeros_like(w))
+            momentum.lerp_(w.grad, 0.05)
+            x = w.grad.lerp(momentum, 0.95)  # Nesterov's
+            x = x / x.norm().clamp(min=1e-7)
+            tall = len(x) > x.shape[1]
+            x = x.mT if tall else x
+            for _ in range(5):  # Newton-Schulz steps, towards singular values that are all 1
+                gram = x @ x.mT
+                x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+            x = x.mT if tall else x
+            w.sub_(x, alpha=0.2 * group["lr"] * math.sqrt(max(w.shape)))  # Adam's size (2502.16982)
+
+
+def make_optimizers(model, lr):
+    """Muon for the matrices of the blocks, Adam for everything else."""
+    weights = dict(model.named_parameters())
+    blocks = [n for n in weights if "attention" in n or "mlp" in n or "skip" in n]
+    matrices = [weights.pop(name) for name in blocks if weights[name].ndim == 2]
+    adam = torch.optim.Adam(weights.values(), lr, fused=matrices[0].device.type != "mps")
+    return {"optimizer": adam, "muon": Muon(matrices, {"lr": lr})}
+
+
+def learning_rate(step, args):
+    """Warm up, fall with 1 / sqrt(step), and go in a line to 0 over the last fifth of the run."""
+    lr = args.lr * min(step / args.warmup, math.sqrt(args.warmup / step))
+    return lr * min(1, 5 * (1 - (step - 1) / args.max_steps))
+
+
+def train(args, state, device):
+    """Train from scratch, or from the state of a run.
+
+    Step n is a function of (--seed, n) and the weights it finds: it does not matter whether a run
+    was killed and resumed, nor how many processes share the batch.
+    """
+    from common import batch, load_data
+
+    try:
+        train_set, test_set, names = load_data(DATA, args.data_dir, SIZE, device)
+    except (OSError, ValueError) as error:
+        fail(f"--data-dir {args.data_dir}: {error}")
+
+    torch.manual_seed(args.seed)  # the same first weights in every process
+    model = UViT(args.dim, args.depth, args.heads, args.patch, len(names)).to(device)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    averages, weights = list(ema.parameters()), [w.detach() for w in model.parameters()]
+    optimizers = make_optimizers(model, args.lr)
+    parts = {"model": model, "ema": ema, **optimizers}
+    header = "step,images,loss,val_loss,lr,grad_norm,images_per_s,seconds"
+    progress = {"step": 0, "images": 0, "seconds": 0.0, "log": [header]}
+    config = {**vars(args), "names": names, "meaning": MEANING}
+    if state:
+        for key in [*SHAPE, "names"]:
+            if config[key] != state["config"][key]:
+                fail(f"--resume: {key} was {state['config'][key]}, and a run keeps it")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        progress = {name: state[name] for name in progress}
+    print0(f"{len(train_set[0])} images of {len(names)} classes, {names[0]} to {names[-1]}")
+    size = f"{sum(map(torch.numel, weights)) / 1e6:.2f} M parameters"
+    print0(f"{size}, {args.dtype}, {device.type} x {WORLD}, from step {progress['step']}")
+
+    net = torch.compile(model) if args.compile else model
+    if WORLD > 1:
+        net = DistributedDataParallel(net)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    alphas_cumprod = schedule(device)
+    signals = []
+    if WORLD == 1:  # Ctrl-C, or a cluster's SIGTERM: finish the step, save and leave
+        signal.signal(signal.SIGINT, lambda *caught: signals.append(caught))
+        signal.signal(signal.SIGTERM, lambda *caught: signals.append(caught))
+
+    recent, start = [], time.perf_counter()
+    for step in range(progress["step"] + 1, args.max_steps + 1):
+        x0, y, t, noise, u = batch(
+            *train_set, T, args.batch_size, args.seed, step, flip=True, rank=RANK, world=WORLD
+        )
+        y = torch.where(u[:, 0] < 0.1, len(names), y)  # a tenth without a class, for guidance
+        with autocast:
+            value = loss(net, x0, y, t, noise, alphas_cumprod)
+        value.backward()
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        lr = learning_rate(step, args)
+        for optimizer in optimizers.values():
+            optimizer.param_groups[0]["lr"] = lr
+            with autocast:  # for the products in Muon
+                optimizer.step()
+            optimizer.zero_grad()
+        progress["step"] = step
+        progress["images"] += args.batch_size
+        # the half-life, in images, grows with the run, which so forgets its first, bad weights
+        half_life = min(args.ema, 0.05 * progress["images"])
+        torch._foreach_lerp_(averages, weights, 1 - 0.5 ** (args.batch_size / half_life))
+        recent.append(torch.stack([value.detach(), grad_norm]))
+
+        last = signals or step == args.max_steps
+        saving = last or step % args.save_every == 0
+        if saving or step % args.log_every == 0:  # not at every step, for here the host waits
+            mean = torch.stack(recent).mean(dim=0)
+            if WORLD > 1:
+                dist.all_reduce(mean)
+            train_loss, grad_norm = (mean / WORLD).tolist()
+            norms = torch.stack(torch._foreach_norm(weights))
+            if not math.isfinite(train_loss + grad_norm + norms.sum().item()):
+                fail(f"loss or weights not finite at step {step}: --resume with a lower --lr")
+            val_loss = math.nan
+            if test_set:
+                with autocast, torch.no_grad():
+                    x0, y, t, noise, _ = batch(*test_set, T, 256, seed=0, step=0)
+                    val_loss = loss(ema, x0, y, t, noise, alphas_cumprod).item()
+            elapsed = time.perf_counter() - start
+            pace = len(recent) * args.batch_size / elapsed
+            minutes = (args.max_steps - step) * args.batch_size / pace / 60
+            progress["seconds"] += elapsed
+            row = [step, progress["images"], f"{train_loss:.5f}", f"{val_loss:.5f}", f"{lr:g}"]
+            row += [f"{grad_norm:.3f}", f"{pace:.0f}", f"{progress['seconds']:.0f}"]
+            progress["log"].append(",".join(map(str, row)))
+            speed = f"{pace:.0f} images/s  {minutes:.1f} min left"
+            print0(f"step {step}  loss {train_loss:.4f}  validation {val_loss:.4f}  {speed}")
+            recent, start = [], time.perf_counter()
+        if saving and RANK == 0:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            with replacing(Path(args.run_dir, "ckpt.pt")) as path:
+                torch.save({**state, **progress, "config": config}, path)
+            with replacing(Path(args.run_dir, "log.csv")) as path:
+                path.write_text("\n".join(progress["log"]) + "\n")
+        if signals:
+            print0(f"stopped after step {step}; --resume continues")
+            break
+        if last or (args.sample_every and step % args.sample_every == 0):
+            out = f"{args.run_dir}/samples-{step:07d}.png"
+            write(ema, args, range(len(names)), out, args.n)
+
+
+# ---- The command line
+
+
+def number(low, high, kind=float):
+    """A type for argparse: a number from low to high, and so never a nan."""
+
+    def parse(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
+        return kind(text)
+
+    return parse
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = fail  # a line, not a page of usage
+    count, share = number(1, 1e9, int), number(0, 1)
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+
+    add = parser.add_argument_group("drawing").add_argument
+    add("--sample-only", action="store_true", help="draw and exit; else train and then draw")
+    add("--ckpt", help="what to draw from; else the run's own checkpoint, or the shipped one")
+    add("--sampler", choices=list(SAMPLERS), default="dpm", help="which way to the image")
+    add("--steps", type=number(1, T, int), default=15, help="ddim wants 50, ddpm 250")
+    add("--eta", type=share, default=0.0, help="noise in ddim: 0 is none, 1 is ddpm")
+    add("--classes", type=int, nargs="+", help="numbers of the classes to draw, else all of them")
+    add("--guidance", type=number(0, 1e3), default=3.0, help="1 is none, more obeys the class more")
+    add("--guidance-interval", type=share, nargs=2, default=(0, 1), help="where in t / T to guide")
+    add("-n", "--n", type=count, default=100, help="how many images")
+    add("--out", default="samples.png", help="x.png a grid, x.gif the way to it, x/ a file each")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--data-dir", default="data", help="CIFAR-10, or your own images in train/<class>/")
+    add("--run-dir", default=f"runs/{NAME}", help="for ckpt.pt, log.csv and samples")
+    add("--resume", action="store_true", help="continue the run in --run-dir, with its flags")
+    add("--batch-size", type=count, default=256, help="images, over all processes")
+    add("--max-steps", type=count, default=80000, help="to train in all")
+    add("--lr", type=number(0, 10), default=6e-3, help="the highest learning rate")
+    add("--warmup", type=count, default=500, help="steps up to it")
+    add("--ema", type=count, default=500000, help="half-life of averaged weights, in images")
+    add("--log-every", type=count, default=100, help="steps")
+    add("--save-every", type=count, default=500, help="steps")
+    add("--sample-every", type=number(0, 1e9, int), default=2000, help="steps, 0 is never")
+    add("--seed", type=number(0, 2**31, int), default=0, help="of the training, or of the images")
+
+    add = parser.add_argument_group("network, and machine, which --resume forgets").add_argument
+    add("--dim", type=count, default=256, help="channels of a token")
+    add("--depth", type=count, default=8, help="blocks beside the middle one")
+    add("--heads", type=count, default=4, help="of attention")
+    add("--patch", type=int, choices=[1, 2, 4, 8, 16], default=2, help="side of a token, in pixels")
+    device = "cuda" if cuda else "mps" if mps else "cpu"
+    add("--device", choices=["cuda", "mps", "cpu"], default=device, help="where to compute")
+    dtype = "bfloat16" if cuda else "float32"
+    add("--dtype", choices=["float32", "bfloat16"], default=dtype, help="of the network")
+    add("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="when training")
+    return parser
+
+
+def find_checkpoint(args, drawing):
+    """Where to draw from, or what to resume; None where a new run begins."""
+    own = Path(args.run_dir, "ckpt.pt")
+    if drawing:
+        shipped = Path(__file__).with_name("checkpoints") / f"{NAME}.pt"
+        return args.ckpt or (own if own.exists() else shipped)
+    if own.parent.exists() and RANK == 0 and not args.resume:
+        fail(f"{own.parent} is there already: add --resume, or name another --run-dir")
+    return own if own.exists() and args.resume else None
+
+
+def check(args, drawing):
+    """What no flag can know by itself."""
+    if args.batch_size % WORLD and not drawing:
+        fail(f"--batch-size {args.batch_size} cannot be shared by {WORLD} processes")
+    if args.dim % 2 or args.dim % args.heads:
+        fail(f"--dim {args.dim} must be a multiple of 2 and of --heads {args.heads}")
+    if args.depth % 2:
+        fail(f"--depth {args.depth} must be even: half before the middle block, half after")
+    if args.eta and args.sampler != "ddim":
+        fail(f"--eta is for --sampler ddim, and there is none in {args.sampler}")
+    if not args.out.endswith((".png", ".gif", "/")):
+        fail(f"--out {args.out} must end in .png, .gif or /")
+    if find_spec("common") is None:
+        fail("to draw and to train, common.py must be beside it")
+
 
 def main():
-    cfg = parse()
-    ckpt, shipped = Path(cfg.run_dir, "ckpt.pt"), Path(__file__).with_name("checkpoints") / f"{NAME}.pt"
-    ckpt = Path(cfg.ckpt or (ckpt if ckpt.exists() else shipped)) if cfg.sample_only else ckpt
-    with blame(f"{ckpt} cannot be read as a checkpoint of {NAME}; --ckpt or --run-dir names another"):
-        state = torch.load(ckpt, map_location="cpu", weights_only=True) if cfg.sample_only or ckpt.exists() else None
-        assert not state or not zipfile.ZipFile(ckpt).testzip(), "it is damaged"  # torch.load does not look
-        assert not state or state["config"]["script"] == NAME, f"it is one of {state['config']['script']}"
-    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # by which torchrun's restarts know their run, if it has one
-    if state and not (cfg.sample_only or cfg.resume or job == state.get("job") != "none"):
-        die(f"--run-dir {cfg.run_dir} holds a run: continue it with --resume, or name another folder")
-    cfg = cfg if cfg.sample_only else parse(**(state["config"] if state else dict(script=NAME)))
-    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    with blame(f"--device {cfg.device or found}"):
-        if cuda := (cfg.device or found).startswith("cuda"):
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", (cfg.device or found).partition(":")[2] or 0)))
-        cfg.device = torch.empty(1, device="cuda" if cuda else cfg.device or found).device
-    chip, cpu = torch.cuda.get_device_capability() if cuda else (0, 0), Path("/proc/cpuinfo")
-    bf16 = chip >= (8, 0) or cfg.device.type == "cpu" and cpu.exists() and "bf16" in cpu.read_text()  # avx512_bf16, say
-    cfg.dtype = cfg.dtype or ("bfloat16" if bf16 else "float32")
-    half = cfg.dtype == "bfloat16"  # where it is off, its device does not matter, and old versions know no mps
-    cfg.autocast = torch.autocast(cfg.device.type if half else "cpu", torch.bfloat16, enabled=half)
-    triton = chip >= (7, 0) and os.name != "nt"  # torch.compile needs it; it knows neither Windows nor older chips
-    cfg.compile = triton and not cfg.sample_only if cfg.compile is None else cfg.compile
-    if cfg.compile and not any(map(shutil.which, ["cc", "gcc", "clang", "cl"])):
-        cfg.compile = cfg.rank == 0 and print("--compile is left out: it needs a C compiler, and there is none")
-    dist.init_process_group("nccl" if cuda and dist.is_nccl_available() else "gloo") if cfg.world > 1 else None
-    if cfg.sample_only:
-        with blame(f"{ckpt} does not fit {NAME}.py"):
-            cfg.names = state["config"]["names"]
-            model = UViT(*(state["config"][name] for name in SHAPE), len(cfg.names)).to(cfg.device)
-            model.load_state_dict(state["ema"])
-            print(f"{ckpt}: step {state['step']}") if cfg.rank == 0 else None
-        cfg.chosen = choose(cfg)
-        write(torch.compile(model) if cfg.compile else model, cfg, cfg.out or "samples.png", cfg.n)
-    elif model := train(cfg, state):
-        write(model, cfg, cfg.out or f"{cfg.run_dir}/samples.png", cfg.n)
-    (dist.destroy_process_group(), sys.stdout.flush(), os._exit(0)) if cfg.world > 1 else None  # gloo may abort at exit
+    sys.stdout.reconfigure(errors="backslashreplace")  # no letter of a name may end a run
+    signal.signal(signal.SIGINT, lambda *caught: sys.exit(130))  # without a traceback
+    parser = make_parser()
+    args = parser.parse_args()
+    drawing = args.sample_only or args.ckpt
+    path = find_checkpoint(args, drawing)
+    model, state = load(path) if path else (None, None)
+    if state and not drawing:
+        if "images" not in state:
+            fail(f"--resume: {path} holds weights alone, or a run of an older version")
+        parser.set_defaults(**{flag: str(state["config"][flag]) for flag in RUN})
+        args = parser.parse_args()
+    check(args, drawing)
+
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if WORLD > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if drawing:
+        names = state["config"]["names"]
+        classes = args.classes or range(len(names))
+        if not 0 <= min(classes) <= max(classes) < len(names):
+            fail(f"--classes {classes}: there are {dict(enumerate(names))}")
+        print0(f"{path}: step {state['step']!r}")
+        write(model.to(device), args, classes, args.out, args.n)
+    else:
+        lock = FileLock(Path(args.run_dir, f"lock{RANK}"))  # until this process ends
+        try:
+            lock.acquire(timeout=0)
+        except OSError as error:
+            fail(f"{args.run_dir}: another run is in it, or it cannot be written ({error})")
+        train(args, state, device)
+    if WORLD > 1:
+        dist.destroy_process_group()
+
 
 if __name__ == "__main__":
     main()
