@@ -30,11 +30,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 NAME = Path(__file__).stem
-DATA, CHANNELS, SIZE = "MNIST", 1, 28  # an image is (CHANNELS, SIZE, SIZE)
+DATA, CHANNELS, SIZE = "MNIST", 1, 28  # load_data reads 3 channels for CIFAR10, 1 for MNIST
 T = 1000  # times of the schedule: 0 is almost the image, T - 1 almost noise
 SHAPE = ["dim"]  # the flags that shape the network
-# the flags that shape the network
-# the flags that --resume takes from the checkpoint of a run, where nothing else is typed
+# What --resume takes from the checkpoint, unless typed. A flag that is not here starts again from
+# its default. Numbers and texts only: a False would come back as the text "False", which is true.
 RUN = [*SHAPE, "data_dir", "batch_size", "max_steps", "lr", "warmup", "ema", "seed"]
 RUN += ["log_every", "save_every", "sample_every"]
 # What the numbers in a checkpoint mean. Change an entry when you change the thing it names, and
@@ -46,11 +46,12 @@ RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
 
 # ---- The prompt: a caption that is read off the image, a token for each word, no text encoder
 
-NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-WORDS = ["", "a", "thick", "thin", "leaning", "left", "right"]  # "" fills up the row
-for digit, name in enumerate(NAMES):
-    WORDS += [str(digit), name]
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+WORDS = ["", "a", "thick", "thin", "leaning", "left", "right"]  # "" pads; captions() uses the rest
+for digit, name in enumerate(DIGITS):
+    WORDS += [str(digit), name]  # captions() counts on two for each digit
 TOKEN = {word: number for number, word in enumerate(WORDS)}
+MEANING["words"] = " ".join(WORDS)  # in another order, they mean something else
 LENGTH = 5  # of a prompt, in tokens
 
 
@@ -59,15 +60,15 @@ def tokenize(prompt):
     words = ["a" if word == "an" else word for word in prompt.lower().split()]
     unknown = [word for word in words if word not in TOKEN]
     if unknown:
-        raise ValueError(f"{unknown[0]!r} is not known; these are:{' '.join(WORDS)}")
+        raise ValueError(f"{unknown[0]!r} is not known; these are: {' '.join(WORDS[1:])}")
     if len(words) > LENGTH:
         raise ValueError(f"{words[LENGTH]!r} is one too many, {LENGTH} words are the most")
     return [TOKEN[word] for word in words] + [0] * (LENGTH - len(words))
 
 
 def measure(x0):
-    """Images (B, C, H, W) -> width of the strokes (B,), in pixels, slant (B,), right for up."""
-    ink = x0.mean(dim=1) / 2 + 0.5  # (B, H, W) in [0, 1]
+    """Images (B, C, H, W) -> width (B,) of strokes, slant (B,), in pixels right per pixel up."""
+    ink = x0.mean(dim=1) / 2 + 0.5  # (B, H, W) in [0, 1], if bright on black
     total = ink.sum(dim=(1, 2))
     edges = ink.diff(dim=2)[:, 1:].square() + ink.diff(dim=1)[:, :, 1:].square()
     width = 2 * total / edges.sqrt().sum(dim=(1, 2))  # for a stroke has two edges
@@ -219,7 +220,7 @@ class UNet(nn.Module):
 
 def schedule(device="cpu"):
     """alphas_cumprod (T,): the share of the image's variance that is left at each time."""
-    from common import alpha_bar, cosine_betas  # here, so that this file works alone
+    from common import alpha_bar, cosine_betas  # here: the rest needs no common.py
 
     return alpha_bar(cosine_betas(T)).to(device)
 
@@ -228,7 +229,7 @@ def loss(model, x0, y, t, noise, alphas_cumprod):
     """Ho et al. 2020, algorithm 1: mix images with noise, and ask the network which is which.
 
     x0, noise (B, C, H, W), tokens y, t (B,), alphas_cumprod (T,) -> a scalar. What the network
-    predicts is v (Salimans & Ho 2022, 2202.00512); another target changes this and `denoiser`.
+    predicts is v (Salimans & Ho 2022, 2202.00512). Another target: change `denoiser` and MEANING, too.
     """
     a = alphas_cumprod[t][:, None, None, None]
     x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise  # eq. 4
@@ -265,9 +266,9 @@ def timestep_pairs(T, steps):
 def ddpm_sample(denoise, x, alphas_cumprod, steps=1000, randn=torch.randn_like):
     """Ho et al. 2020, algorithm 2: draw each x_{t_next} from q(x_{t_next} | x_t, x0).
 
-    x is noise (B, C, H, W), denoise(x_t, t) gives x0, randn(x) gives noise like x.
+    As in all SAMPLERS, x is noise (B, C, H, W), denoise(x_t, t >= 0) gives x0, randn(x) noise.
     """
-    alpha_bar = [*alphas_cumprod.tolist(), 1.0]  # alpha_bar[-1] is the clean image's
+    alpha_bar = [*alphas_cumprod.tolist(), 1.0]  # at -1 the clean image's: not alphas_cumprod[-1]
     for t, t_next in timestep_pairs(len(alphas_cumprod), steps):
         a, a_next = alpha_bar[t], alpha_bar[t_next]
         x0 = denoise(x, torch.full((len(x),), t, device=x.device))
@@ -339,13 +340,12 @@ def replacing(path):
 def load(path):
     """(the network of averaged weights, the whole dict) that train() saved. Runs no code of it."""
     try:
-        if zipfile.ZipFile(path).testzip():  # torch.load does not look
+        if zipfile.ZipFile(path).testzip():  # torch.load ignores checksums
             raise ValueError("it is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
         config, weights = state["config"], state["ema"]
-        meaning = config.get("meaning", {**MEANING, "script": config["script"]})  # an older file
-        if meaning != MEANING:
-            raise ValueError(f"it is of {meaning}, and this is {MEANING}")
+        if config["meaning"] != MEANING:
+            raise ValueError(f"it means {dict(config['meaning'].items() - MEANING.items())}")
         if not all(w.isfinite().all() for w in weights.values()):
             raise ValueError("its weights are not finite")
         shape = [int(config[flag]) for flag in SHAPE]
@@ -485,7 +485,7 @@ def train(args, state, device):
         train_set, test_set, names = load_data(DATA, args.data_dir, SIZE, device)
     except (OSError, ValueError) as error:
         fail(f"--data-dir {args.data_dir}: {error}")
-    if len(names) > len(NAMES):
+    if len(names) > len(DIGITS):
         fail(f"--data-dir {args.data_dir}: {len(names)} classes, and there are words for ten")
 
     torch.manual_seed(args.seed)  # the same first weights in every process
@@ -496,7 +496,7 @@ def train(args, state, device):
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
     header = "step,images,loss,val_loss,lr,grad_norm,images_per_s,seconds"
     progress = {"step": 0, "images": 0, "seconds": 0.0, "log": [header]}
-    config = {**vars(args), "names": names, "meaning": MEANING}
+    config = {**vars(args), "script": NAME, "names": names, "meaning": MEANING}
     if state:
         for key in [*SHAPE, "names"]:
             if config[key] != state["config"][key]:
@@ -508,7 +508,7 @@ def train(args, state, device):
     size = f"{sum(map(torch.numel, weights)) / 1e6:.2f} M parameters"
     print0(f"{size}, {args.dtype}, {device.type} x {WORLD}, from step {progress['step']}")
 
-    net = torch.compile(model) if args.compile else model
+    net = torch.compile(model, disable=not args.compile)
     if WORLD > 1:
         net = DistributedDataParallel(net)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
@@ -528,12 +528,13 @@ def train(args, state, device):
         value.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         lr = learning_rate(step, args)
-        optimizer.param_groups[0]["lr"] = lr
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
         progress["step"] = step
         progress["images"] += args.batch_size
-        # the half-life, in images, grows with the run, which so forgets its first, bad weights
+        # parameters, no buffers; the half-life, in images, grows so that the bad start is forgotten
         half_life = min(args.ema, 0.05 * progress["images"])
         torch._foreach_lerp_(averages, weights, 1 - 0.5 ** (args.batch_size / half_life))
         recent.append(torch.stack([value.detach(), grad_norm]))
@@ -581,34 +582,32 @@ def train(args, state, device):
 # ---- The command line
 
 
-def number(low, high, kind=float):
+def within(low, high, kind=float):
     """A type for argparse: a number from low to high, and so never a nan."""
 
-    def parse(text):
+    def number(text):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
         return kind(text)
 
-    return parse
+    return number
 
 
 def make_parser():
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail  # a line, not a page of usage
-    count = number(1, 1e9, int)
+    count = within(1, 1e9, int)
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
 
     add = parser.add_argument_group("drawing").add_argument
     add("--sample-only", action="store_true", help="draw and exit; else train and then draw")
     add("--ckpt", help="what to draw from; else the run's own checkpoint, or the shipped one")
     add("--sampler", choices=list(SAMPLERS), default="ddim", help="which way to the image")
-    add("--steps", type=number(1, T, int), default=20, help="ddpm wants more of them")
-    add("--eta", type=number(0, 1), default=0.0, help="noise in ddim: 0 is none, 1 is ddpm")
+    add("--steps", type=within(1, T, int), default=20, help="ddpm wants more of them")
+    add("--eta", type=within(0, 1), default=0.0, help="noise in ddim: 0 is none, 1 is ddpm")
     add("--prompt", nargs="+", action="extend", help='"a thick seven leaning left", a row for each')
     add("--classes", type=int, nargs="+", help="digits to draw, else all of them")
-    add(
-        "--guidance", type=number(0, 1e3), default=2.0, help="1 is none, more obeys the prompt more"
-    )
+    add("--guidance", type=within(0, 1e3), default=2.0, help="1 is none, more obeys prompts more")
     add("--interpolate", action="store_true", help="in each row, from one noise to another")
     add("--invert", help="an image: find its noise, under the first prompt, and redraw it")
     add("-n", "--n", type=count, default=80, help="how many images")
@@ -620,20 +619,20 @@ def make_parser():
     add("--resume", action="store_true", help="continue the run in --run-dir, with its flags")
     add("--batch-size", type=count, default=64, help="images, over all processes")
     add("--max-steps", type=count, default=20000, help="to train in all")
-    add("--lr", type=number(0, 10), default=1e-3, help="the highest learning rate")
+    add("--lr", type=within(0, 10), default=1e-3, help="the highest learning rate")
     add("--warmup", type=count, default=1000, help="steps up to it")
     add("--ema", type=count, default=50000, help="half-life of averaged weights, in images")
     add("--log-every", type=count, default=100, help="steps")
     add("--save-every", type=count, default=500, help="steps")
-    add("--sample-every", type=number(0, 1e9, int), default=2000, help="steps, 0 is never")
-    add("--seed", type=number(0, 2**31, int), default=0, help="of the training, or of the images")
+    add("--sample-every", type=within(0, 1e9, int), default=2000, help="steps, 0 is never")
+    add("--seed", type=within(0, 2**31, int), default=0, help="of the training, or of the images")
 
-    add = parser.add_argument_group("network, and machine, which --resume forgets").add_argument
+    add = parser.add_argument_group("network, and machine (which --resume forgets)").add_argument
     add(
         "--dim", type=int, choices=[16, 32, 48, 64, 96, 128], default=48, help="channels at 28 x 28"
     )
     device = "cuda" if cuda else "mps" if mps else "cpu"
-    add("--device", choices=["cuda", "mps", "cpu"], default=device, help="where to compute")
+    add("--device", choices=sorted({device, "cpu"}), default=device, help="where to compute")
     dtype = "bfloat16" if cuda else "float32"
     add("--dtype", choices=["float32", "bfloat16"], default=dtype, help="of the network")
     add("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="when training")
@@ -645,14 +644,14 @@ def find_checkpoint(args, drawing):
     own = Path(args.run_dir, "ckpt.pt")
     if drawing:
         shipped = Path(__file__).with_name("checkpoints") / f"{NAME}.pt"
-        return args.ckpt or (own if own.exists() else shipped)
-    if own.parent.exists() and RANK == 0 and not args.resume:
-        fail(f"{own.parent} is there already: add --resume, or name another --run-dir")
-    return own if own.exists() and args.resume else None
+        return args.ckpt or (own if os.path.exists(own) else shipped)
+    if os.path.exists(own.parent) and RANK == 0 and not args.resume:
+        fail(f"{args.run_dir} is there already: add --resume, or name another --run-dir")
+    return own if os.path.exists(own) and args.resume else None
 
 
 def check(args, drawing):
-    """What no flag can know by itself."""
+    """Fail where flags do not fit together, or a file is missing."""
     if args.batch_size % WORLD and not drawing:
         fail(f"--batch-size {args.batch_size} cannot be shared by {WORLD} processes")
     if args.eta and args.sampler != "ddim":
@@ -689,7 +688,7 @@ def main():
     if state and not drawing:
         if "images" not in state:
             fail(f"--resume: {path} holds weights alone, or a run of an older version")
-        parser.set_defaults(**{flag: str(state["config"][flag]) for flag in RUN})
+        parser.set_defaults(**{flag: str(state["config"][flag]) for flag in RUN})  # as if typed
         args = parser.parse_args()
     check(args, drawing)
 
@@ -699,8 +698,8 @@ def main():
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if drawing:
-        print0(f"{path}: step {state['step']!r}")
-        prompts = choose_prompts(args, state["config"].get("names", NAMES))  # old files have none
+        print0(f"{path}: step {state.get('step')!r}")
+        prompts = choose_prompts(args, state["config"]["names"])
         if args.invert:
             invert(model.to(device), args, prompts, args.out)
         else:

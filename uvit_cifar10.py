@@ -3,7 +3,7 @@
 Everything is a token: the patches, the time, the class. A plain transformer takes the noise away,
 and long skips from its first half to its second, as in a UNet, carry details past the middle.
 
-    python uvit_cifar10.py --sample-only                      # draw from the shipped checkpoint
+    python uvit_cifar10.py --sample-only                      # draw from the run, or as shipped
     python uvit_cifar10.py --data-dir data                    # fetch CIFAR-10, train, draw
     torchrun --standalone --nproc_per_node=8 uvit_cifar10.py  # the same on eight GPUs
 """
@@ -29,11 +29,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 NAME = Path(__file__).stem
-DATA, CHANNELS, SIZE = "CIFAR10", 3, 32  # an image is (CHANNELS, SIZE, SIZE)
+DATA, CHANNELS, SIZE = "CIFAR10", 3, 32  # load_data reads 3 channels for CIFAR10, 1 for MNIST
 T = 1000  # times of the schedule: 0 is almost the image, T - 1 almost noise
-NOISE = -5.1  # log(alpha / sigma) below which x_t has nothing left of the image
+LAMBDA_MIN = -5.1  # where dpm starts: below this log(alpha / sigma), x_t is all noise
 SHAPE = ["dim", "depth", "heads", "patch"]  # the flags that shape the network
-# the flags that --resume takes from the checkpoint of a run, where nothing else is typed
+# What --resume takes from the checkpoint, unless typed. A flag that is not here starts again from
+# its default. Numbers and texts only: a False would come back as the text "False", which is true.
 RUN = [*SHAPE, "data_dir", "batch_size", "max_steps", "lr", "warmup", "ema", "seed"]
 RUN += ["log_every", "save_every", "sample_every"]
 # What the numbers in a checkpoint mean. Change an entry when you change the thing it names, and
@@ -87,8 +88,7 @@ class Block(nn.Module):
 class UViT(nn.Module):
     """x_t (B, C, H, W), t (B,), y (B,) -> v, like x_t. y = num_classes, the default, is no class.
 
-    U-ViT-S/2 has dim 512, depth 12 (beside the middle block), heads 8, patch 2. Raises ValueError
-    for images of another size.
+    U-ViT-S/2 has dim 512, depth 12, heads 8, patch 2. Raises ValueError for another image size.
     """
 
     def __init__(self, dim=256, depth=8, heads=4, patch=2, num_classes=10):
@@ -134,7 +134,7 @@ class UViT(nn.Module):
 
 def schedule(device="cpu"):
     """alphas_cumprod (T,): the share of the image's variance that is left at each time."""
-    from common import alpha_bar, cosine_betas  # here, so that this file works alone
+    from common import alpha_bar, cosine_betas  # here: the rest needs no common.py
 
     return alpha_bar(cosine_betas(T)).to(device)
 
@@ -143,12 +143,12 @@ def loss(model, x0, y, t, noise, alphas_cumprod):
     """Ho et al. 2020, algorithm 1: mix images with noise, and ask the network which is which.
 
     x0 and noise (B, C, H, W), y and t (B,), alphas_cumprod (T,) -> a scalar. What the network
-    predicts is v (Salimans & Ho 2022, 2202.00512); another target changes this and `denoiser`.
+    predicts is v (Salimans & Ho 2022, 2202.00512). Another target: change `denoiser` and MEANING, too.
     """
     a = alphas_cumprod[t][:, None, None, None]
     x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise  # eq. 4
     v = a.sqrt() * noise - (1 - a).sqrt() * x0
-    weight = torch.minimum(a, 5 * (1 - a))  # min-SNR-5 for v (Hang et al. 2023, 2303.09556)
+    weight = torch.minimum(a, 5 * (1 - a))  # min-SNR-5, of v only (Hang et al. 2023, 2303.09556)
     return (weight * (model(x_t, t, y) - v).square()).mean()
 
 
@@ -156,7 +156,7 @@ def denoiser(model, alphas_cumprod, y=None, guidance=1.0, interval=(0.0, 1.0)):
     """denoise(x_t, t) -> x0 in [-1, 1], for a model(x_t, t, y) that predicts v.
 
     Guidance 1 is none; it is 1 + w in Ho & Salimans 2022 (2207.12598) and needs y. It acts while
-    t / T is in `interval` (Kynkaanniemi et al. 2024, 2404.07724).
+    t[0] / T is in `interval` (Kynkaanniemi et al. 2024, 2404.07724), as if all t were alike.
     """
 
     def denoise(x_t, t):
@@ -183,9 +183,9 @@ def timestep_pairs(T, steps):
 def ddpm_sample(denoise, x, alphas_cumprod, steps=1000, randn=torch.randn_like):
     """Ho et al. 2020, algorithm 2: draw each x_{t_next} from q(x_{t_next} | x_t, x0).
 
-    x is noise (B, C, H, W), denoise(x_t, t) gives x0, randn(x) gives noise like x.
+    As in all SAMPLERS, x is noise (B, C, H, W), denoise(x_t, t >= 0) gives x0, randn(x) noise.
     """
-    alpha_bar = [*alphas_cumprod.tolist(), 1.0]  # alpha_bar[-1] is the clean image's
+    alpha_bar = [*alphas_cumprod.tolist(), 1.0]  # at -1 the clean image's: not alphas_cumprod[-1]
     for t, t_next in timestep_pairs(len(alphas_cumprod), steps):
         a, a_next = alpha_bar[t], alpha_bar[t_next]
         x0 = denoise(x, torch.full((len(x),), t, device=x.device))
@@ -219,7 +219,7 @@ def dpm_solver_sample(denoise, x, alphas_cumprod, steps=15, randn=None):
     alpha_bar = alphas_cumprod.tolist()
     # log(alpha / sigma), finite where alpha-bar is 1. An Apple GPU has no float64.
     lambdas = alphas_cumprod.cpu().double().clamp(max=1 - 1e-7).logit() / 2
-    first, last = max(lambdas[-1].item(), NOISE), lambdas[0].item()
+    first, last = max(lambdas[-1].item(), LAMBDA_MIN), lambdas[0].item()
     targets = torch.linspace(first, last, max(steps, 2), dtype=torch.float64)[:steps]
     ts = sorted({(lambdas - target).abs().argmin().item() for target in targets}, reverse=True)
     x0_before = h_before = None
@@ -268,13 +268,12 @@ def replacing(path):
 def load(path):
     """(the network of averaged weights, the whole dict) that train() saved. Runs no code of it."""
     try:
-        if zipfile.ZipFile(path).testzip():  # torch.load does not look
+        if zipfile.ZipFile(path).testzip():  # torch.load ignores checksums
             raise ValueError("it is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
         config, weights = state["config"], state["ema"]
-        meaning = config.get("meaning", {**MEANING, "script": config["script"]})  # an older file
-        if meaning != MEANING:
-            raise ValueError(f"it is of {meaning}, and this is {MEANING}")
+        if config["meaning"] != MEANING:
+            raise ValueError(f"it means {dict(config['meaning'].items() - MEANING.items())}")
         if not all(w.isfinite().all() for w in weights.values()):
             raise ValueError("its weights are not finite")
         shape, num_classes = [int(config[flag]) for flag in SHAPE], len(config["names"])
@@ -373,10 +372,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, lr):
-    """Muon for the matrices of the blocks, Adam for everything else."""
+    """Muon for the matrices of attention, MLP and skip, found by name; Adam for all the others."""
     weights = dict(model.named_parameters())
-    blocks = [n for n in weights if "attention" in n or "mlp" in n or "skip" in n]
-    matrices = [weights.pop(name) for name in blocks if weights[name].ndim == 2]
+    names = [n for n in weights if "attention" in n or "mlp" in n or "skip" in n]
+    matrices = [weights.pop(name) for name in names if weights[name].ndim == 2]
     adam = torch.optim.Adam(weights.values(), lr, fused=matrices[0].device.type != "mps")
     return {"optimizer": adam, "muon": Muon(matrices, {"lr": lr})}
 
@@ -408,7 +407,7 @@ def train(args, state, device):
     parts = {"model": model, "ema": ema, **optimizers}
     header = "step,images,loss,val_loss,lr,grad_norm,images_per_s,seconds"
     progress = {"step": 0, "images": 0, "seconds": 0.0, "log": [header]}
-    config = {**vars(args), "names": names, "meaning": MEANING}
+    config = {**vars(args), "script": NAME, "names": names, "meaning": MEANING}
     if state:
         for key in [*SHAPE, "names"]:
             if config[key] != state["config"][key]:
@@ -420,7 +419,7 @@ def train(args, state, device):
     size = f"{sum(map(torch.numel, weights)) / 1e6:.2f} M parameters"
     print0(f"{size}, {args.dtype}, {device.type} x {WORLD}, from step {progress['step']}")
 
-    net = torch.compile(model) if args.compile else model
+    net = torch.compile(model, disable=not args.compile)
     if WORLD > 1:
         net = DistributedDataParallel(net)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
@@ -432,7 +431,7 @@ def train(args, state, device):
 
     recent, start = [], time.perf_counter()
     for step in range(progress["step"] + 1, args.max_steps + 1):
-        x0, y, t, noise, u = batch(
+        x0, y, t, noise, u = batch(  # flip mirrors half of the images, which spoils digits
             *train_set, T, args.batch_size, args.seed, step, flip=True, rank=RANK, world=WORLD
         )
         y = torch.where(u[:, 0] < 0.1, len(names), y)  # a tenth without a class, for guidance
@@ -442,13 +441,14 @@ def train(args, state, device):
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         lr = learning_rate(step, args)
         for optimizer in optimizers.values():
-            optimizer.param_groups[0]["lr"] = lr
+            for group in optimizer.param_groups:
+                group["lr"] = lr
             with autocast:  # for the products in Muon
                 optimizer.step()
             optimizer.zero_grad()
         progress["step"] = step
         progress["images"] += args.batch_size
-        # the half-life, in images, grows with the run, which so forgets its first, bad weights
+        # parameters, no buffers; the half-life, in images, grows so that the bad start is forgotten
         half_life = min(args.ema, 0.05 * progress["images"])
         torch._foreach_lerp_(averages, weights, 1 - 0.5 ** (args.batch_size / half_life))
         recent.append(torch.stack([value.detach(), grad_norm]))
@@ -495,31 +495,31 @@ def train(args, state, device):
 # ---- The command line
 
 
-def number(low, high, kind=float):
+def within(low, high, kind=float):
     """A type for argparse: a number from low to high, and so never a nan."""
 
-    def parse(text):
+    def number(text):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
         return kind(text)
 
-    return parse
+    return number
 
 
 def make_parser():
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail  # a line, not a page of usage
-    count, share = number(1, 1e9, int), number(0, 1)
+    count, share = within(1, 1e9, int), within(0, 1)
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
 
     add = parser.add_argument_group("drawing").add_argument
     add("--sample-only", action="store_true", help="draw and exit; else train and then draw")
     add("--ckpt", help="what to draw from; else the run's own checkpoint, or the shipped one")
     add("--sampler", choices=list(SAMPLERS), default="dpm", help="which way to the image")
-    add("--steps", type=number(1, T, int), default=15, help="ddim wants 50, ddpm 250")
+    add("--steps", type=within(1, T, int), default=15, help="ddim wants 50, ddpm 250")
     add("--eta", type=share, default=0.0, help="noise in ddim: 0 is none, 1 is ddpm")
     add("--classes", type=int, nargs="+", help="numbers of the classes to draw, else all of them")
-    add("--guidance", type=number(0, 1e3), default=3.0, help="1 is none, more obeys the class more")
+    add("--guidance", type=within(0, 1e3), default=3.0, help="1 is none, more obeys the class more")
     add("--guidance-interval", type=share, nargs=2, default=(0, 1), help="where in t / T to guide")
     add("-n", "--n", type=count, default=100, help="how many images")
     add("--out", default="samples.png", help="x.png a grid, x.gif the way to it, x/ a file each")
@@ -530,21 +530,21 @@ def make_parser():
     add("--resume", action="store_true", help="continue the run in --run-dir, with its flags")
     add("--batch-size", type=count, default=256, help="images, over all processes")
     add("--max-steps", type=count, default=80000, help="to train in all")
-    add("--lr", type=number(0, 10), default=6e-3, help="the highest learning rate")
+    add("--lr", type=within(0, 10), default=6e-3, help="the highest learning rate")
     add("--warmup", type=count, default=500, help="steps up to it")
     add("--ema", type=count, default=500000, help="half-life of averaged weights, in images")
     add("--log-every", type=count, default=100, help="steps")
     add("--save-every", type=count, default=500, help="steps")
-    add("--sample-every", type=number(0, 1e9, int), default=2000, help="steps, 0 is never")
-    add("--seed", type=number(0, 2**31, int), default=0, help="of the training, or of the images")
+    add("--sample-every", type=within(0, 1e9, int), default=2000, help="steps, 0 is never")
+    add("--seed", type=within(0, 2**31, int), default=0, help="of the training, or of the images")
 
-    add = parser.add_argument_group("network, and machine, which --resume forgets").add_argument
+    add = parser.add_argument_group("network, and machine (which --resume forgets)").add_argument
     add("--dim", type=count, default=256, help="channels of a token")
     add("--depth", type=count, default=8, help="blocks beside the middle one")
     add("--heads", type=count, default=4, help="of attention")
     add("--patch", type=int, choices=[1, 2, 4, 8, 16], default=2, help="side of a token, in pixels")
     device = "cuda" if cuda else "mps" if mps else "cpu"
-    add("--device", choices=["cuda", "mps", "cpu"], default=device, help="where to compute")
+    add("--device", choices=sorted({device, "cpu"}), default=device, help="where to compute")
     dtype = "bfloat16" if cuda else "float32"
     add("--dtype", choices=["float32", "bfloat16"], default=dtype, help="of the network")
     add("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="when training")
@@ -556,14 +556,14 @@ def find_checkpoint(args, drawing):
     own = Path(args.run_dir, "ckpt.pt")
     if drawing:
         shipped = Path(__file__).with_name("checkpoints") / f"{NAME}.pt"
-        return args.ckpt or (own if own.exists() else shipped)
-    if own.parent.exists() and RANK == 0 and not args.resume:
-        fail(f"{own.parent} is there already: add --resume, or name another --run-dir")
-    return own if own.exists() and args.resume else None
+        return args.ckpt or (own if os.path.exists(own) else shipped)
+    if os.path.exists(own.parent) and RANK == 0 and not args.resume:
+        fail(f"{args.run_dir} is there already: add --resume, or name another --run-dir")
+    return own if os.path.exists(own) and args.resume else None
 
 
 def check(args, drawing):
-    """What no flag can know by itself."""
+    """Fail where flags do not fit together, or a file is missing."""
     if args.batch_size % WORLD and not drawing:
         fail(f"--batch-size {args.batch_size} cannot be shared by {WORLD} processes")
     if args.dim % 2 or args.dim % args.heads:
@@ -589,7 +589,7 @@ def main():
     if state and not drawing:
         if "images" not in state:
             fail(f"--resume: {path} holds weights alone, or a run of an older version")
-        parser.set_defaults(**{flag: str(state["config"][flag]) for flag in RUN})
+        parser.set_defaults(**{flag: str(state["config"][flag]) for flag in RUN})  # as if typed
         args = parser.parse_args()
     check(args, drawing)
 
@@ -603,7 +603,7 @@ def main():
         classes = args.classes or range(len(names))
         if not 0 <= min(classes) <= max(classes) < len(names):
             fail(f"--classes {classes}: there are {dict(enumerate(names))}")
-        print0(f"{path}: step {state['step']!r}")
+        print0(f"{path}: step {state.get('step')!r}")
         write(model.to(device), args, classes, args.out, args.n)
     else:
         lock = FileLock(Path(args.run_dir, f"lock{RANK}"))  # until this process ends
