@@ -229,7 +229,7 @@ def loss(model, x0, y, t, noise, alphas_cumprod):
     """Ho et al. 2020, algorithm 1: mix images with noise, and ask the network which is which.
 
     x0, noise (B, C, H, W), tokens y, t (B,), alphas_cumprod (T,) -> a scalar. What the network
-    predicts is v (Salimans & Ho 2022, 2202.00512). Another target: change `denoiser` and MEANING, too.
+    predicts is v (Salimans & Ho 2022, 2202.00512). For another, change `denoiser` and MEANING, too.
     """
     a = alphas_cumprod[t][:, None, None, None]
     x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise  # eq. 4
