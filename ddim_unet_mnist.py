@@ -182,11 +182,11 @@ class UNet(nn.Module):
         self.stem = nn.Conv2d(CHANNELS, dim, 3, padding=1)
         # the levels, 28 x 28, 14 x 14 and 7 x 7: channels, and those of the prompt if it is read
         levels = [(dim, None), (2 * dim, 2 * dim), (2 * dim, 2 * dim)]
+        between = [(dim, 2 * dim), (2 * dim, 2 * dim)]
         self.down = nn.ModuleList(Block(d, d, 4 * dim, text) for d, text in levels)
+        self.shrink = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in between)
         self.middle = nn.ModuleList(Block(2 * dim, 2 * dim, 4 * dim, a) for a in (2 * dim, None))
         self.up = nn.ModuleList(Block(2 * d, d, 4 * dim, text) for d, text in levels)
-        between = [(dim, 2 * dim), (2 * dim, 2 * dim)]
-        self.shrink = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in between)
         self.grow = nn.ModuleList(nn.Conv2d(b, a, 3, padding=1) for a, b in between)
         last = zero(nn.Conv2d(dim, CHANNELS, 3, padding=1))
         self.head = nn.Sequential(norm(dim), nn.SiLU(), last)
@@ -645,13 +645,13 @@ def find_checkpoint(args, drawing):
     if drawing:
         shipped = Path(__file__).with_name("checkpoints") / f"{NAME}.pt"
         return args.ckpt or (own if os.path.exists(own) else shipped)
-    if os.path.exists(own.parent) and RANK == 0 and not args.resume:
-        fail(f"{args.run_dir} is there already: add --resume, or name another --run-dir")
+    if not args.resume and (os.path.exists(own) or os.path.exists(own.with_name("log.csv"))):
+        fail(f"{args.run_dir} holds a run: add --resume, or name another --run-dir")
     return own if os.path.exists(own) and args.resume else None
 
 
 def check(args, drawing):
-    """Fail where flags do not fit together, or a file is missing."""
+    """Fail where flags do not fit together."""
     if args.batch_size % WORLD and not drawing:
         fail(f"--batch-size {args.batch_size} cannot be shared by {WORLD} processes")
     if args.eta and args.sampler != "ddim":
@@ -660,8 +660,6 @@ def check(args, drawing):
         fail(f"--out {args.out} must end in .png, .gif or /")
     if args.invert and not args.out.endswith(".png"):
         fail(f"--out {args.out} must end in .png, for --invert")
-    if find_spec("common") is None:
-        fail("to draw and to train, common.py must be beside it")
 
 
 def choose_prompts(args, names):
@@ -682,6 +680,8 @@ def main():
     signal.signal(signal.SIGINT, lambda *caught: sys.exit(130))  # without a traceback
     parser = make_parser()
     args = parser.parse_args()
+    if find_spec("common") is None:
+        fail("to draw and to train, common.py must be beside it")
     drawing = args.sample_only or args.ckpt or args.interpolate or args.invert
     path = find_checkpoint(args, drawing)
     model, state = load(path) if path else (None, None)

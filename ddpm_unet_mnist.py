@@ -105,11 +105,11 @@ class UNet(nn.Module):
         self.time = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, 4 * dim))
         self.stem = nn.Conv2d(CHANNELS, dim, 3, padding=1)
         levels = [(dim, False), (2 * dim, False), (2 * dim, True)]  # channels; attention at 7 x 7
+        between = [(dim, 2 * dim), (2 * dim, 2 * dim)]
         self.down = nn.ModuleList(Block(d, d, 4 * dim, attention) for d, attention in levels)
+        self.shrink = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in between)
         self.middle = nn.ModuleList(Block(2 * dim, 2 * dim, 4 * dim, a) for a in (True, False))
         self.up = nn.ModuleList(Block(2 * d, d, 4 * dim, attention) for d, attention in levels)
-        between = [(dim, 2 * dim), (2 * dim, 2 * dim)]
-        self.shrink = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in between)
         self.grow = nn.ModuleList(nn.Conv2d(b, a, 3, padding=1) for a, b in between)
         last = zero(nn.Conv2d(dim, CHANNELS, 3, padding=1))
         self.head = nn.Sequential(norm(dim), nn.SiLU(), last)
@@ -485,21 +485,19 @@ def find_checkpoint(args, drawing):
     if drawing:
         shipped = Path(__file__).with_name("checkpoints") / f"{NAME}.pt"
         return args.ckpt or (own if os.path.exists(own) else shipped)
-    if os.path.exists(own.parent) and RANK == 0 and not args.resume:
-        fail(f"{args.run_dir} is there already: add --resume, or name another --run-dir")
+    if not args.resume and (os.path.exists(own) or os.path.exists(own.with_name("log.csv"))):
+        fail(f"{args.run_dir} holds a run: add --resume, or name another --run-dir")
     return own if os.path.exists(own) and args.resume else None
 
 
 def check(args, drawing):
-    """Fail where flags do not fit together, or a file is missing."""
+    """Fail where flags do not fit together."""
     if args.batch_size % WORLD and not drawing:
         fail(f"--batch-size {args.batch_size} cannot be shared by {WORLD} processes")
     if args.eta and args.sampler != "ddim":
         fail(f"--eta is for --sampler ddim, and there is none in {args.sampler}")
     if not args.out.endswith((".png", ".gif", "/")):
         fail(f"--out {args.out} must end in .png, .gif or /")
-    if find_spec("common") is None:
-        fail("to draw and to train, common.py must be beside it")
 
 
 def main():
@@ -507,6 +505,8 @@ def main():
     signal.signal(signal.SIGINT, lambda *caught: sys.exit(130))  # without a traceback
     parser = make_parser()
     args = parser.parse_args()
+    if find_spec("common") is None:
+        fail("to draw and to train, common.py must be beside it")
     drawing = args.sample_only or args.ckpt
     path = find_checkpoint(args, drawing)
     model, state = load(path) if path else (None, None)

@@ -217,15 +217,15 @@ def dpm_solver_sample(denoise, x, alphas_cumprod, steps=15, randn=None):
 
     Draws no noise. Takes fewer steps than asked for where two of them round to the same time.
     """
-    alpha_bar = alphas_cumprod.tolist()
-    # log(alpha / sigma), finite where alpha-bar is 1. An Apple GPU has no float64.
-    lambdas = alphas_cumprod.cpu().double().clamp(max=1 - 1e-7).logit() / 2
+    # finite where alpha-bar is 1; on the CPU, for an Apple GPU has no float64
+    alpha_bar = alphas_cumprod.cpu().double().clamp(max=1 - 1e-7)
+    lambdas = alpha_bar.logit() / 2  # log(alpha / sigma)
     first, last = max(lambdas[-1].item(), LAMBDA_MIN), lambdas[0].item()
     targets = torch.linspace(first, last, max(steps, 2), dtype=torch.float64)[:steps]
     ts = sorted({(lambdas - target).abs().argmin().item() for target in targets}, reverse=True)
     x0_before = h_before = None
     for t, t_next in zip(ts[:-1], ts[1:], strict=True):
-        a, a_next = alpha_bar[t], alpha_bar[t_next]
+        a, a_next = alpha_bar[t].item(), alpha_bar[t_next].item()
         x0 = denoise(x, torch.full((len(x),), t, device=x.device))
         h = (lambdas[t_next] - lambdas[t]).item()
         d = x0
@@ -558,13 +558,13 @@ def find_checkpoint(args, drawing):
     if drawing:
         shipped = Path(__file__).with_name("checkpoints") / f"{NAME}.pt"
         return args.ckpt or (own if os.path.exists(own) else shipped)
-    if os.path.exists(own.parent) and RANK == 0 and not args.resume:
-        fail(f"{args.run_dir} is there already: add --resume, or name another --run-dir")
+    if not args.resume and (os.path.exists(own) or os.path.exists(own.with_name("log.csv"))):
+        fail(f"{args.run_dir} holds a run: add --resume, or name another --run-dir")
     return own if os.path.exists(own) and args.resume else None
 
 
 def check(args, drawing):
-    """Fail where flags do not fit together, or a file is missing."""
+    """Fail where flags do not fit together."""
     if args.batch_size % WORLD and not drawing:
         fail(f"--batch-size {args.batch_size} cannot be shared by {WORLD} processes")
     if args.dim % 4 or args.dim % args.heads:
@@ -573,8 +573,6 @@ def check(args, drawing):
         fail(f"--eta is for --sampler ddim, and there is none in {args.sampler}")
     if not args.out.endswith((".png", ".gif", "/")):
         fail(f"--out {args.out} must end in .png, .gif or /")
-    if find_spec("common") is None:
-        fail("to draw and to train, common.py must be beside it")
 
 
 def main():
@@ -582,6 +580,8 @@ def main():
     signal.signal(signal.SIGINT, lambda *caught: sys.exit(130))  # without a traceback
     parser = make_parser()
     args = parser.parse_args()
+    if find_spec("common") is None:
+        fail("to draw and to train, common.py must be beside it")
     drawing = args.sample_only or args.ckpt
     path = find_checkpoint(args, drawing)
     model, state = load(path) if path else (None, None)

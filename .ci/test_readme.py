@@ -1,0 +1,49 @@
+"""The README's commands run as they are printed, where they need neither a network nor hours."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+SKIPPED = ("pip ", "torchrun", "--data-dir", "python -m pytest")  # they fetch, install or train
+
+
+def commands():
+    blocks = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks[1:]).replace("\\\n", " ").splitlines()  # the first block is .ci/run's
+    return [line for line in lines if not any(word in line for word in SKIPPED)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A clone of the files, so that what is drawn lands elsewhere."""
+    folder = tmp_path_factory.mktemp("clone")
+    for path in [*ROOT.glob("*.py"), ROOT / "checkpoints"]:
+        (folder / path.name).symlink_to(path)
+    return folder
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command(command, folder):
+    env = dict(os.environ, OMP_NUM_THREADS="2")
+    done = subprocess.run(command, shell=True, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    out = re.search(r"--out (\S+)", command)
+    assert (folder / (out[1] if out else "samples.png")).exists()
+
+
+def test_python_blocks(folder):
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert blocks
+    for block in blocks:
+        subprocess.run(["python", "-c", block], cwd=folder, check=True)
+
+
+def test_size():
+    assert len(README.encode()) <= 14_000
+    assert len(README.splitlines()) <= 230
+    assert max(map(len, README.splitlines())) <= 120

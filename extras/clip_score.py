@@ -1,0 +1,128 @@
+"""CLIP score: how near, to CLIP's eye, are drawn images to what they were asked to be?
+
+    python dit_cifar10.py --sample-only -n 1000 --out samples/
+    python extras/clip_score.py samples/ --data-dir data
+
+100 x the cosine of image and caption (Hessel et al. 2021, 2104.08718, without their factor 2.5 and
+their cut at 0), by open_clip (pip install open_clip_torch). At 32 x 32 pixels it says little: look
+at the gap to the captions of other classes, at how many images are nearest to their own, and at the
+same for real images.
+"""
+
+import argparse
+import logging
+import re
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision.transforms.functional import to_pil_image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def fail(message):
+    """For what the user can put right: one line and exit code 2, no traceback."""
+    print(f"clip_score.py: {' '.join(str(message).split())[:300]}", file=sys.stderr)
+    sys.exit(2)
+
+
+def load_clip(name, weights):
+    """A CLIP of open_clip's: (model, tokenizer, preprocess)."""
+    try:
+        import open_clip
+    except ImportError as error:
+        fail(f"pip install open_clip_torch ({error})")
+    logging.disable(logging.ERROR)  # its own lines, before the error that is shown below
+    try:
+        model, _, preprocess = open_clip.create_model_and_transforms(name, weights)
+        return model, open_clip.get_tokenizer(name), preprocess
+    except Exception as error:  # of many kinds: no network, no such model, another kind of file
+        fail(f"bring the weights of {name} in a file and say --weights FILE: {error}")
+
+
+def read_folder(folder):
+    """The images of files like 000042-3.png, uint8 (N, 3, H, W), and their classes (N,)."""
+    from common import read_image
+
+    files = sorted(Path(folder).glob("*.png"))
+    if not files:
+        fail(f"{folder} holds no PNG files")
+    images, labels = [], []
+    for path in files:
+        label = re.search(r"-(\d+)$", path.stem)
+        if not label:
+            fail(f"{path}: the class is missing in its name, as in 000042-3.png")
+        labels.append(int(label[1]))
+        try:
+            with Image.open(path) as image:
+                size = image.width
+            images.append(read_image(path, size, 3))
+        except (OSError, ValueError) as error:
+            fail(error)
+    return images, torch.tensor(labels)
+
+
+@torch.no_grad()
+def clip_scores(clip, images, labels, captions):
+    """Of uint8 images (3, H, W) and their classes (N,): how near they are to captions.
+
+    Three numbers: 100 x cosine with their own caption, the same with the captions of other classes,
+    and the share of images that are nearest to their own.
+    """
+    model, tokenizer, preprocess = clip
+    text = model.encode_text(tokenizer(captions).to(DEVICE))
+    text = text / text.norm(dim=1, keepdim=True)
+    cosines = []
+    for start in range(0, len(images), 64):
+        batch = [preprocess(to_pil_image(image)) for image in images[start : start + 64]]
+        seen = model.encode_image(torch.stack(batch).to(DEVICE))
+        cosines.append(seen / seen.norm(dim=1, keepdim=True) @ text.T)
+    scores = 100 * torch.cat(cosines).cpu()
+    own = scores.gather(1, labels[:, None])[:, 0]
+    others = (scores.sum(dim=1) - own) / (len(captions) - 1)
+    nearest = scores.argmax(dim=1) == labels
+    return own.mean().item(), others.mean().item(), nearest.float().mean().item()
+
+
+def main(argv=None, clip=None):
+    """clip=(model, tokenizer, preprocess) takes the place of what --model names."""
+    from common import load_data
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.error = fail
+    add = parser.add_argument
+    add("folder", help="of PNG files whose names end in their class: 000042-3.png")
+    add("--data-dir", default="data", help="as for the scripts (%(default)s)")
+    add("--caption", default="a photo of a {}", help="with {} for the class (%(default)s)")
+    add("--model", default="ViT-B-32-quickgelu", help="of open_clip's (%(default)s)")
+    add("--weights", default="openai", help="open_clip's name for them, or a file (%(default)s)")
+    args = parser.parse_args(argv)
+
+    images, labels = read_folder(args.folder)
+    data = "MNIST" if all((x == x[:1]).all() for x in images) else "CIFAR10"  # gray, or coloured?
+    try:
+        train_set, test_set, names = load_data(data, args.data_dir, images[0].shape[-1])
+    except (OSError, ValueError) as error:
+        fail(f"--data-dir {args.data_dir}: {error}")
+    if labels.max() >= len(names):
+        fail(f"{args.folder} has class {labels.max()}, and {args.data_dir} has {len(names)}")
+    model, *rest = clip or load_clip(args.model, args.weights)
+    clip = (model.to(DEVICE).eval(), *rest)
+    words = [name.split(" - ")[-1] for name in names]  # MNIST's are "7 - seven"
+    captions = [args.caption.replace("{}", word) for word in words]
+    real_images, real_labels = test_set or train_set
+    torch.manual_seed(0)
+    chosen = torch.randperm(len(real_images))[: len(images)]
+    real = clip_scores(clip, real_images[chosen], real_labels[chosen], captions)
+    drawn = clip_scores(clip, images, labels, captions)
+    print(f"{len(images)} images, {args.model} {args.weights}, captions like {captions[0]!r}")
+    for name, (own, others, nearest) in (("drawn", drawn), ("real", real)):
+        print(f"{name}: {own:.2f} own caption, {others:.2f} others, {nearest:.1%} nearest to own")
+    return drawn, real
+
+
+if __name__ == "__main__":
+    main()
