@@ -282,12 +282,12 @@ def draw(model, args, index, looks=1):
 
 def picture(images, rows=1):
     """float (N, C, H, W) in [-1, 1] -> a PIL image, where image i is in row i % rows."""
-    from torchvision.transforms.functional import to_pil_image
+    from PIL import Image
 
-    pixels = images.mul(127.5).add(128).clamp(0, 255).byte().cpu()
+    pixels = images.mul(127.5).add(128).clamp(0, 255).byte().cpu().expand(-1, 3, -1, -1)
     if len(pixels) > 1:  # a black frame around each, and black where the last column has none
         pixels = F.pad(pixels, (1, 1, 1, 1, 0, 0, 0, -len(pixels) % rows))
-    return to_pil_image(rearrange(pixels, "(n rows) c h w -> c (rows h) (n w)", rows=rows))
+    return Image.fromarray(rearrange(pixels, "(n r) c h w -> (r h) (n w) c", r=rows).numpy())
 
 
 def write(model, args, out, n):
