@@ -1,10 +1,7 @@
 """extras/classify.py on ten patterns for digits: python -m pytest -q .ci/test_classify.py"""
 
 import re
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "extras"))
 import classify
 import pytest
 import torch

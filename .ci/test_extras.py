@@ -1,12 +1,9 @@
 """The programs in extras/ that measure, with no network: python -m pytest -q .ci/test_extras.py"""
 
 import math
-import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # beside other work, more threads take longer
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "extras"))
 import bits_per_dim
 import clip_score
 import fid

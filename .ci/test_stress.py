@@ -19,8 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from test_smoke import (  # noqa: E402
+from test_smoke import (
     CPU,
     ROOT,
     SHAPE,
@@ -29,7 +28,7 @@ from test_smoke import (  # noqa: E402
     dit,
     interrupted,
     load,
-    new_folder,  # noqa: F401
+    new_folder,  # noqa: F401 (pytest finds this fixture by its name)
     pixels,
     refused,
     start,
