@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,8 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("command", commands())
 def test_command(command, folder):
-    env = dict(os.environ, OMP_NUM_THREADS="2")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where this python is `python`
+    env = dict(os.environ, PATH=path)
     quick = command.split("#")[0] + " --steps 3 -n 4"  # the last flag of a kind counts
     done = subprocess.run(quick, shell=True, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -41,7 +43,7 @@ def test_python_blocks(folder):
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     assert blocks
     for block in blocks:
-        subprocess.run(["python", "-c", block], cwd=folder, check=True)
+        subprocess.run([sys.executable, "-c", block], cwd=folder, check=True)
 
 
 def test_size():
