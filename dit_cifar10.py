@@ -39,7 +39,7 @@ RUN = [*SHAPE, "data_dir", "batch_size", "max_steps", "lr", "warmup", "ema", "se
 RUN += ["log_every", "save_every", "sample_every"]
 # What the numbers in a checkpoint mean. Change an entry when you change the thing it names, and
 # weights that mean something else are refused.
-MEANING = {"script": NAME, "data": DATA, "size": SIZE, "T": T}
+MEANING = {"script": NAME, "data": DATA, "size": SIZE, "channels": CHANNELS, "T": T}
 MEANING |= {"schedule": "cosine", "predicts": "v"}
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes, by torchrun; without it there is one
 RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
