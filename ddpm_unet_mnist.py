@@ -31,8 +31,8 @@ NAME = Path(__file__).stem
 DATA, CHANNELS, SIZE = "MNIST", 1, 28  # load_data reads 3 channels for CIFAR10, 1 for MNIST
 T = 1000  # times of the schedule: 0 is almost the image, T - 1 almost noise
 SHAPE = ["dim"]  # the flags that shape the network
-# What --resume takes from the checkpoint, unless typed. A flag that is not here starts again from
-# its default. Numbers and texts only: a False would come back as the text "False", which is true.
+# The flags that --resume takes from the checkpoint, where none is typed; any other starts from its
+# default again. Numbers and texts only: a False would come back as the text "False", which is true.
 RUN = [*SHAPE, "data_dir", "batch_size", "max_steps", "lr", "warmup", "ema", "seed"]
 RUN += ["log_every", "save_every", "sample_every"]
 # What the numbers in a checkpoint mean. Change an entry when you change the thing it names, and
@@ -526,7 +526,7 @@ def main():
         print0(f"{path}: step {state.get('step')!r}")
         write(model.to(device), args, args.out, args.n)
     else:
-        lock = FileLock(Path(args.run_dir, f"lock{RANK}"))  # until this process ends
+        lock = FileLock(Path(args.run_dir, f"lock{RANK}"))  # held until this process ends
         try:
             lock.acquire(timeout=0)
         except OSError as error:

@@ -33,8 +33,8 @@ DATA, CHANNELS, SIZE = "CIFAR10", 3, 32  # load_data reads 3 channels for CIFAR1
 T = 1000  # times of the schedule: 0 is almost the image, T - 1 almost noise
 LAMBDA_MIN = -5.1  # where dpm starts: below this log(alpha / sigma), x_t is all noise
 SHAPE = ["dim", "depth", "heads", "patch"]  # the flags that shape the network
-# What --resume takes from the checkpoint, unless typed. A flag that is not here starts again from
-# its default. Numbers and texts only: a False would come back as the text "False", which is true.
+# The flags that --resume takes from the checkpoint, where none is typed; any other starts from its
+# default again. Numbers and texts only: a False would come back as the text "False", which is true.
 RUN = [*SHAPE, "data_dir", "batch_size", "max_steps", "lr", "warmup", "ema", "seed"]
 RUN += ["log_every", "save_every", "sample_every"]
 # What the numbers in a checkpoint mean. Change an entry when you change the thing it names, and
@@ -606,7 +606,7 @@ def main():
         print0(f"{path}: step {state.get('step')!r}")
         write(model.to(device), args, classes, args.out, args.n)
     else:
-        lock = FileLock(Path(args.run_dir, f"lock{RANK}"))  # until this process ends
+        lock = FileLock(Path(args.run_dir, f"lock{RANK}"))  # held until this process ends
         try:
             lock.acquire(timeout=0)
         except OSError as error:
