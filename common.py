@@ -38,35 +38,34 @@ def alpha_bar(betas):
 # --------------------------------------------------------------------------------------------------
 # Data: a data set is a uint8 tensor (N, C, H, W) and int64 labels (N,), both on the training device
 
-CHANNELS = {"MNIST": 1, "CIFAR10": 3}
 FILES = {"MNIST": "MNIST/raw", "CIFAR10": "cifar-10-batches-py"}  # where torchvision keeps them
 KNOWN = {"MNIST", "cifar-10-batches-py", "cifar-10-python.tar.gz"}  # what it leaves in a data_dir
 
 
-def load_data(name, data_dir, size, device="cpu"):
+def load_data(name, data_dir, size, channels, device="cpu"):
     """(images, labels) of the training set, the same of the test set or None, and the class names.
 
-    name is "MNIST" (1 channel) or "CIFAR10" (3). If data_dir holds train/<class>/, all images in
-    there are read, cropped and scaled to size x size, and those in test/<class>/ or val/<class>/
-    are the test set. Otherwise torchvision finds the set there, or downloads it. Raises OSError or
-    ValueError, with one line that says first what to do.
+    name is "MNIST" or "CIFAR10"; channels are 1 or 3, which for grey images are alike. If data_dir
+    holds train/<class>/, all images in there are read, cropped and scaled to size x size, and those
+    in test/<class>/ or val/<class>/ are the test set. Otherwise torchvision finds the set there, or
+    downloads it. Raises OSError or ValueError, with one line that says first what to do.
     """
     root = Path(data_dir).expanduser()
     content = _visible(root) if root.exists() else []
     if (root / "train").is_dir():
-        sets, classes = _read_folders(root, size, CHANNELS[name])
+        sets, classes = _read_folders(root, size, channels)
     elif content and KNOWN.isdisjoint(path.name for path in content):
         # Images in another layout are no reason to fetch a data set and train on that.
         layout = "put images into train/<class>/*.png (and test/<class>/*.png, if you like)"
         raise ValueError(f"{layout}, or fetch {name} into a new folder: here is {content[0].name}")
     else:
-        sets, classes = _read_torchvision(name, root, size)
+        sets, classes = _read_torchvision(name, root, size, channels)
     sets = [(images.to(device), labels.to(device)) for images, labels in sets]
     test_set = sets[1] if len(sets) == 2 else None
     return sets[0], test_set, classes
 
 
-def _read_torchvision(name, root, size):
+def _read_torchvision(name, root, size, channels):
     from torchvision import datasets  # takes a second to import, so only where data are read
 
     dataset = getattr(datasets, name)
@@ -91,8 +90,8 @@ def _read_torchvision(name, root, size):
         if pixels != (size, size):
             advice = "put images of your own into train/<class>/"
             raise ValueError(f"{advice}: those in {files} are {pixels}, not {(size, size)}")
-        images = images.reshape(len(images), size, size, CHANNELS[name])
-        sets.append((images.permute(0, 3, 1, 2).contiguous(), labels))
+        images = images.reshape(len(images), size, size, -1).permute(0, 3, 1, 2)
+        sets.append((images.expand(-1, channels, -1, -1).contiguous(), labels))
     return sets, data.classes
 
 
@@ -245,12 +244,12 @@ def generator(seed, n, device="cpu"):
     return torch.Generator(device).manual_seed((seed * 2654435769 + n) % 2**32)
 
 
-def batch(images, labels, T, batch_size, seed, step, flip=False, rank=0, world=1):
+def batch(images, labels, T, batch_size, seed, step, rank=0, world=1):
     """All the randomness of a training step, a function of (seed, step) and of nothing else.
 
-    Returns x0 (B, C, H, W) in [-1, 1], y (B,), t (B,) in 0 .. T-1, noise like x0, and u (B, 8):
-    for each image eight uniform numbers in [0, 1), for what the script leaves to chance, such as
-    dropping a label. With flip, half of the images are mirrored.
+    Returns x0 (B, C, H, W) in [-1, 1], y (B,), t (B,) in 0 .. T-1, noise like x0, and u (B, 12):
+    for each image twelve uniform numbers in [0, 1), for what a script leaves to chance, such as
+    dropping a label.
 
     All is drawn for the whole global batch, then sliced: process `rank` of `world` gets its
     B = batch_size / world rows of what a single process would get.
@@ -260,14 +259,10 @@ def batch(images, labels, T, batch_size, seed, step, flip=False, rank=0, world=1
     index = torch.randint(len(images), (batch_size,), generator=g, device=device)
     t = torch.randint(T, (batch_size,), generator=g, device=device)
     noise = torch.randn(batch_size, *images.shape[1:], generator=g, device=device)
-    uniform = torch.rand(9, batch_size, generator=g, device=device)
-    mirror = uniform[1]
-    u = torch.cat([uniform[:1], uniform[2:]]).T
+    u = torch.rand(12, batch_size, generator=g, device=device).T
 
     mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
     x0 = images[index[mine]].float() / 127.5 - 1
-    if flip:
-        x0 = torch.where(mirror[mine, None, None, None] < 0.5, x0.flip(-1), x0)
     return x0, labels[index[mine]], t[mine], noise[mine], u[mine]
 
 

@@ -1,10 +1,10 @@
-"""A prompt in, a digit out: Stable Diffusion in miniature, in the pixels of MNIST.
+"""A prompt in, a digit out: Stable Diffusion in miniature, on MNIST in eight colours.
 
-A UNet takes noise away while it reads a caption (Rombach et al. 2022, 2112.10752). Guidance makes
-it mind the caption (Ho & Salimans 2022, 2207.12598). DDIM adds no noise of its own, so that an
-image and its noise can be turned into each other (Song et al. 2020, 2010.02502).
+A UNet takes noise away while it reads a caption (Rombach et al. 2022, 2112.10752), and guidance
+makes it obey (Ho & Salimans 2022, 2207.12598). DDIM adds no noise of its own, so that an image and
+its noise can be turned into each other (Song et al. 2020, 2010.02502).
 
-    python ddim_unet_mnist.py --sample-only --prompt "a thick seven leaning left" "thin 3"
+    python ddim_unet_mnist.py --sample-only --prompt "a thick red seven on blue" "thin 3"
     python ddim_unet_mnist.py --data-dir data                    # fetch MNIST, train, draw
     torchrun --standalone --nproc_per_node=8 ddim_unet_mnist.py  # the same on eight GPUs
 """
@@ -18,7 +18,6 @@ import sys
 import time
 import zipfile
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -30,15 +29,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 NAME = Path(__file__).stem
-DATA, CHANNELS, SIZE = "MNIST", 1, 28  # load_data reads 3 channels for CIFAR10, 1 for MNIST
+DATA, CHANNELS, SIZE = "MNIST", 3, 28
 T = 1000  # times of the schedule: 0 is almost the image, T - 1 almost noise
 SHAPE = ["dim"]  # the flags that shape the network
-# The flags that --resume takes from the checkpoint, where none is typed; any other starts from its
-# default again. Numbers and texts only: a False would come back as the text "False", which is true.
+# The flags that --resume takes from the checkpoint, where none is typed: numbers and texts only.
 RUN = [*SHAPE, "data_dir", "batch_size", "max_steps", "lr", "warmup", "ema", "seed"]
 RUN += ["log_every", "save_every", "sample_every"]
-# What the numbers in a checkpoint mean. Change an entry when you change the thing it names, and
-# weights that mean something else are refused.
+# What the numbers in a checkpoint mean: change an entry with the thing it names.
 MEANING = {"script": NAME, "data": DATA, "size": SIZE, "channels": CHANNELS, "T": T}
 MEANING |= {"schedule": "cosine", "predicts": "v"}
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes, by torchrun; without it there is one
@@ -47,12 +44,14 @@ RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
 # ---- The prompt: a caption that is read off the image, a token for each word, no text encoder
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-WORDS = ["", "a", "thick", "thin", "leaning", "left", "right"]  # "" pads; captions() uses the rest
-for digit, name in enumerate(DIGITS):
-    WORDS += [str(digit), name]  # captions() counts on two for each digit
+COLOURS = ["red", "orange", "yellow", "green", "blue", "purple", "white", "black"]
+RGB = "d62f2f f28522 f7d038 2f9e4f 2f62c9 8546a8 ffffff 141414"
+PALETTE = torch.tensor([*bytes.fromhex(RGB)]).view(-1, 3, 1, 1) / 127.5 - 1  # (8, 3, 1, 1)
+WORDS = ["", "a", "thick", "thin", "leaning", "left", "right", "on"]  # "" is padding
+WORDS += [*COLOURS, *"0123456789", *DIGITS]
 TOKEN = {word: number for number, word in enumerate(WORDS)}
 MEANING["words"] = " ".join(WORDS)  # in another order, they mean something else
-LENGTH = 5  # of a prompt, in tokens
+LENGTH = 8  # of a prompt, in tokens
 
 
 def tokenize(prompt):
@@ -72,8 +71,8 @@ def measure(x0):
     total = ink.sum(dim=(1, 2))
     edges = ink.diff(dim=2)[:, 1:].square() + ink.diff(dim=1)[:, :, 1:].square()
     width = 2 * total / edges.sqrt().sum(dim=(1, 2))  # for a stroke has two edges
-    down = torch.arange(ink.shape[1], device=x0.device)[:, None]
-    right = torch.arange(ink.shape[2], device=x0.device)
+    down = torch.arange(SIZE, device=x0.device)[:, None]
+    right = down.T
     mean_down = (ink * down).sum(dim=(1, 2)) / total
     mean_right = (ink * right).sum(dim=(1, 2)) / total
     covariance = (ink * down * right).sum(dim=(1, 2)) / total - mean_down * mean_right
@@ -81,28 +80,40 @@ def measure(x0):
     return width, -covariance / variance
 
 
-def captions(x0, y, u):
-    """What can be said of images, as tokens int64 (B, LENGTH): "a thick seven leaning left", "3".
+def held_out(digit, ink):
+    """Pairs that training never shows. Drawn all the same, they prove that the model composes."""
+    return (digit + ink) % 7 == 0
 
-    x0 (B, C, H, W) in [-1, 1], classes y (B,). u (B, 8) is uniform in [0, 1): what is mentioned,
-    and how, is chosen by a number each, and one caption in ten is empty, for guidance.
-    """
+
+def illustrate(x0, y, u):
+    """Grey x0 (B, C, H, W), classes y (B,) -> x0 in colour, captions. Choices are made by u."""
+    ink = (8 * u[:, 7]).long()
+    ink = torch.where(held_out(y, ink), (ink + 3) % 8, ink)
+    paper = (ink + 1 + (7 * u[:, 8]).long()) % 8  # any other colour
+    palette = PALETTE.to(x0.device)
+    grey = x0.mean(dim=1, keepdim=True) / 2 + 0.5  # 0 is paper, 1 is ink
+    return torch.lerp(palette[paper], palette[ink], grey), captions(x0, y, ink, paper, u)
+
+
+def captions(x0, y, ink, paper, u):
+    """Tokens (B, LENGTH) that say a part of what is true, and one in ten nothing, for guidance."""
     width, slant = measure(x0)
     thickness = torch.where(width > 2.6, TOKEN["thick"], 0)  # a third of MNIST each
     thickness = torch.where(width < 2.1, TOKEN["thin"], thickness)
     side = torch.where(slant > 0.1, TOKEN["right"], 0)
     side = torch.where(slant < -0.1, TOKEN["left"], side)
-    says_digit = u[:, 1] < 0.75
-    says_a = says_digit & (u[:, 2] < 0.5)
-    says_thickness = u[:, 3] < 0.5
-    says_side = (u[:, 4] < 0.5) & (side > 0)
-    spelt_out = u[:, 5] < 0.5
+    says_digit = u[:, 2] < 0.75
+    says = (u < 0.5).T  # each of the others, (12, B)
+    says_side = says[5] & (side > 0)
     words = [
-        says_a * TOKEN["a"],
-        says_thickness * thickness,
-        says_digit * (TOKEN["0"] + 2 * y + spelt_out),  # "0", "zero", "1", "one", ..
+        says[3] * says_digit * TOKEN["a"],
+        says[4] * thickness,
+        says[9] * (TOKEN["red"] + ink),
+        says_digit * (TOKEN["0"] + y + 10 * says[6]),  # 7 or seven
         says_side * TOKEN["leaning"],
         says_side * side,
+        says[10] * TOKEN["on"],
+        says[10] * (TOKEN["red"] + paper),
     ]
     words = torch.stack(words, dim=1) * (u[:, :1] >= 0.1)
     gaps_last = (words == 0).int().argsort(dim=1, stable=True)
@@ -168,17 +179,14 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """x_t (B, C, H, W), t (B,), tokens y (B, LENGTH), by default of "" -> v, like x_t.
-
-    Raises ValueError for images of another size.
-    """
+    """x_t (B, C, H, W), t (B,), tokens y (B, LENGTH), else of "" -> v. ValueError: other sizes."""
 
     def __init__(self, dim=48):
         super().__init__()
         self.dim = dim
         self.time = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, 4 * dim))
         self.words = nn.Embedding(len(WORDS), 2 * dim)
-        self.positions = nn.Parameter(torch.zeros(LENGTH, 2 * dim))
+        self.read = nn.Conv1d(2 * dim, 2 * dim, 3, padding=1)  # tells "blue" from "on blue"
         self.stem = nn.Conv2d(CHANNELS, dim, 3, padding=1)
         # the levels, 28 x 28, 14 x 14 and 7 x 7: channels, and those of the prompt if it is read
         levels = [(dim, None), (2 * dim, 2 * dim), (2 * dim, 2 * dim)]
@@ -198,7 +206,8 @@ class UNet(nn.Module):
         if y is None:
             y = t.new_zeros(len(t), LENGTH)
         time = F.silu(self.time(timestep_embedding(t, self.dim)))  # (B, 4 dim)
-        text = self.words(y) + self.positions  # (B, LENGTH, 2 dim)
+        words = self.words(y).mT  # (B, 2 dim, LENGTH)
+        text = (words + self.read(words)).mT
         h = self.stem(x.contiguous(memory_format=torch.channels_last))
         skips = []
         for level, block in enumerate(self.down):
@@ -349,13 +358,10 @@ def load(path):
         if not all(w.isfinite().all() for w in weights.values()):
             raise ValueError("its weights are not finite")
         shape = [int(config[flag]) for flag in SHAPE]
-    except Exception as error:  # of a dozen kinds, for a file can be damaged in many ways
-        fail(f"{path} is not a checkpoint of {NAME}.py: {error!r}")
-    model = UNet(*shape).eval()
-    try:
+        model = UNet(*shape).eval()
         model.load_state_dict(weights)
-    except RuntimeError as error:
-        fail(f"{path} does not fit {NAME}.py: {error}")
+    except Exception as error:  # of a dozen kinds, for a file can be damaged in many ways
+        fail(f"{path} is not a checkpoint of {NAME}.py: {type(error).__name__}: {error}")
     return model, state
 
 
@@ -398,9 +404,8 @@ def interpolated_noise(args, rows, index, device):
     end = next(noises(args.seed, [2 * (i % rows) + 1 for i in index], shape, device))
     columns = math.ceil(args.n / rows)
     way = torch.tensor([i // rows / max(columns - 1, 1) for i in index], device=device)  # 0 to 1
-    way = way[:, None, None, None]
-    angle = F.cosine_similarity(start.flatten(1), end.flatten(1)).acos()[:, None, None, None]
-    return (((1 - way) * angle).sin() * start + (way * angle).sin() * end) / angle.sin()
+    angle = math.pi / 2 * way[:, None, None, None]  # two noises stand at right angles, nearly
+    return angle.cos() * start + angle.sin() * end
 
 
 def picture(images, rows=1):
@@ -459,9 +464,8 @@ def invert(model, args, prompts, out):
         denoise = denoiser(model, alphas_cumprod, y, args.guidance)
         images.append(ddim_sample(denoise, noise, alphas_cumprod, args.steps))
     with replacing(out) as path:
-        picture(torch.cat(images)).save(path, "PNG")
-    error = (image - again).div(2).square().mean()
-    print0(f"{out}: PSNR {-10 * error.log10().item():.1f} dB")
+        picture(torch.cat(images)).save(path, out[-3:])
+    print0(out)
 
 
 # ---- Training
@@ -474,15 +478,14 @@ def learning_rate(step, args):
 
 
 def train(args, state, device):
-    """Train from scratch, or from the state of a run.
+    """Train from scratch, or go on from the state of a run.
 
-    Step n is a function of (--seed, n) and the weights it finds: it does not matter whether a run
-    was killed and resumed, nor how many processes share the batch.
+    Step n is a function of (--seed, n) and the weights, in however many goes and processes.
     """
     from common import batch, load_data
 
     try:
-        train_set, test_set, names = load_data(DATA, args.data_dir, SIZE, device)
+        train_set, test_set, names = load_data(DATA, args.data_dir, SIZE, CHANNELS, device)
     except (OSError, ValueError) as error:
         fail(f"--data-dir {args.data_dir}: {error}")
     if len(names) > len(DIGITS):
@@ -491,7 +494,8 @@ def train(args, state, device):
     torch.manual_seed(args.seed)  # the same first weights in every process
     model = UNet(args.dim).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    averages, weights = list(ema.parameters()), [w.detach() for w in model.parameters()]
+    averages = list(ema.parameters())
+    weights = [w.detach() for w in model.parameters()]
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=device.type != "mps")
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
     header = "step,images,loss,val_loss,lr,grad_norm,images_per_s,seconds"
@@ -520,11 +524,10 @@ def train(args, state, device):
 
     recent, start = [], time.perf_counter()
     for step in range(progress["step"] + 1, args.max_steps + 1):
-        x0, y, t, noise, u = batch(
-            *train_set, T, args.batch_size, args.seed, step, rank=RANK, world=WORLD
-        )
+        x0, y, t, noise, u = batch(*train_set, T, args.batch_size, args.seed, step, RANK, WORLD)
+        x0, y = illustrate(x0, y, u)
         with autocast:
-            value = loss(net, x0, captions(x0, y, u), t, noise, alphas_cumprod)
+            value = loss(net, x0, y, t, noise, alphas_cumprod)
         value.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         lr = learning_rate(step, args)
@@ -553,15 +556,15 @@ def train(args, state, device):
             if test_set:
                 with autocast, torch.no_grad():
                     x0, y, t, noise, u = batch(*test_set, T, 256, seed=0, step=0)
-                    y = captions(x0, y, u)
+                    x0, y = illustrate(x0, y, u)
                     val_loss = loss(ema, x0, y, t, noise, alphas_cumprod).item()
             elapsed = time.perf_counter() - start
             pace = len(recent) * args.batch_size / elapsed
-            minutes = (args.max_steps - step) * args.batch_size / pace / 60
+            minutes = (args.max_steps - step) / len(recent) * elapsed / 60
             progress["seconds"] += elapsed
-            row = [step, progress["images"], f"{train_loss:.5f}", f"{val_loss:.5f}", f"{lr:g}"]
-            row += [f"{grad_norm:.3f}", f"{pace:.0f}", f"{progress['seconds']:.0f}"]
-            progress["log"].append(",".join(map(str, row)))
+            row = f"{step},{progress['images']},{train_loss:.5f},{val_loss:.5f},{lr:g},"
+            row += f"{grad_norm:.3f},{pace:.0f},{progress['seconds']:.0f}"
+            progress["log"].append(row)
             speed = f"{pace:.0f} images/s  {minutes:.1f} min left"
             print0(f"step {step}  loss {train_loss:.4f}  validation {val_loss:.4f}  {speed}")
             recent, start = [], time.perf_counter()
@@ -605,8 +608,10 @@ def make_parser():
     add("--sampler", choices=list(SAMPLERS), default="ddim", help="which way to the image")
     add("--steps", type=within(1, T, int), default=20, help="ddpm wants more of them")
     add("--eta", type=within(0, 1), default=0.0, help="noise in ddim: 0 is none, 1 is ddpm")
-    add("--prompt", nargs="+", action="extend", help='"a thick seven leaning left", a row for each')
-    add("--classes", type=int, nargs="+", help="digits to draw, else all of them")
+    add(
+        "--prompt", nargs="+", action="extend", default=[], help='"thin red 7 on white", a row each'
+    )
+    add("--classes", type=int, nargs="+", default=[], help="digits to draw, else all of them")
     add("--guidance", type=within(0, 1e3), default=2.0, help="1 is none, more obeys prompts more")
     add("--interpolate", action="store_true", help="in each row, from one noise to another")
     add("--invert", help="an image: find its noise, under the first prompt, and redraw it")
@@ -628,9 +633,7 @@ def make_parser():
     add("--seed", type=within(0, 2**31, int), default=0, help="of the training, or of the images")
 
     add = parser.add_argument_group("network, and machine (which --resume forgets)").add_argument
-    add(
-        "--dim", type=int, choices=[16, 32, 48, 64, 96, 128], default=48, help="channels at 28 x 28"
-    )
+    add("--dim", type=int, choices=[16, 32, 48, 64, 96, 128], default=48, help="channels")
     device = "cuda" if cuda else "mps" if mps else "cpu"
     add("--device", choices=sorted({device, "cpu"}), default=device, help="where to compute")
     dtype = "bfloat16" if cuda else "float32"
@@ -658,21 +661,21 @@ def check(args, drawing):
         fail(f"--eta is for --sampler ddim, and there is none in {args.sampler}")
     if not args.out.endswith((".png", ".gif", "/")):
         fail(f"--out {args.out} must end in .png, .gif or /")
-    if args.invert and not args.out.endswith(".png"):
-        fail(f"--out {args.out} must end in .png, for --invert")
+    folder = next(p for p in Path(f"{args.out}x").absolute().parents if os.path.exists(p))
+    if not os.access(f"{folder}/", os.W_OK):
+        fail(f"--out {args.out}: {folder} is no folder that can be written to")
 
 
 def choose_prompts(args, names):
-    classes = args.classes or []
-    if not (classes or args.prompt or args.invert):
-        classes = range(len(names))
-    prompts = [str(k) for k in classes] + (args.prompt or [])
+    prompts = [str(k) for k in args.classes] + args.prompt
+    if not prompts:
+        prompts = [""] if args.invert else [str(k) for k in range(len(names))]
     try:
         for prompt in prompts:
             tokenize(prompt)
     except ValueError as error:
         fail(f"--prompt or --classes: {error}")
-    return prompts or [""]
+    return prompts
 
 
 def main():
@@ -680,8 +683,6 @@ def main():
     signal.signal(signal.SIGINT, lambda *caught: sys.exit(130))  # without a traceback
     parser = make_parser()
     args = parser.parse_args()
-    if find_spec("common") is None:
-        fail("to draw and to train, common.py must be beside it")
     drawing = args.sample_only or args.ckpt or args.interpolate or args.invert
     path = find_checkpoint(args, drawing)
     model, state = load(path) if path else (None, None)

@@ -16,7 +16,6 @@ import sys
 import time
 import zipfile
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -28,17 +27,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 NAME = Path(__file__).stem
-DATA, CHANNELS, SIZE = "MNIST", 1, 28  # load_data reads 3 channels for CIFAR10, 1 for MNIST
+DATA, CHANNELS, SIZE = "MNIST", 1, 28
 T = 1000  # times of the schedule: 0 is almost the image, T - 1 almost noise
-SHAPE = ["dim"]  # the flags that shape the network
-# The flags that --resume takes from the checkpoint, where none is typed; any other starts from its
-# default again. Numbers and texts only: a False would come back as the text "False", which is true.
+SHAPE = ["dim", "schedule"]  # the flags that shape the network, and what it sees
+# The flags that --resume takes from the checkpoint, where none is typed: numbers and texts only.
 RUN = [*SHAPE, "data_dir", "batch_size", "max_steps", "lr", "warmup", "ema", "seed"]
 RUN += ["log_every", "save_every", "sample_every"]
-# What the numbers in a checkpoint mean. Change an entry when you change the thing it names, and
-# weights that mean something else are refused.
+# What the numbers in a checkpoint mean: change an entry with the thing it names.
 MEANING = {"script": NAME, "data": DATA, "size": SIZE, "channels": CHANNELS, "T": T}
-MEANING |= {"schedule": "linear", "predicts": "noise"}
+MEANING["predicts"] = "noise"
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes, by torchrun; without it there is one
 RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
 
@@ -99,9 +96,10 @@ class Block(nn.Module):
 class UNet(nn.Module):
     """x_t (B, C, H, W), t (B,) -> the noise in x_t. Raises ValueError for another image size."""
 
-    def __init__(self, dim=64):
+    def __init__(self, dim=64, schedule="linear"):
         super().__init__()
         self.dim = dim
+        self.schedule = schedule  # its name, so that whoever has the weights knows what t means
         self.time = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, 4 * dim))
         self.stem = nn.Conv2d(CHANNELS, dim, 3, padding=1)
         levels = [(dim, False), (2 * dim, False), (2 * dim, True)]  # channels; attention at 7 x 7
@@ -138,18 +136,23 @@ class UNet(nn.Module):
 # ---- Diffusion: the loss, the denoiser, and the samplers, which know of no network
 
 
-def schedule(device="cpu"):
-    """alphas_cumprod (T,): the share of the image's variance that is left at each time."""
-    from common import alpha_bar, linear_betas  # here: the rest needs no common.py
+def schedule(device="cpu", name="linear"):
+    """alphas_cumprod (T,): the share of the image's variance that is left at each time.
 
-    return alpha_bar(linear_betas(T)).to(device)
+    "flow" is rectified flow (Liu et al. 2022, 2209.03003): its (1 - u) x0 + u noise, divided by its
+    length, is x_t, and ddim_sample walks its straight paths by Euler's method, step for step.
+    """
+    from common import alpha_bar, cosine_betas, linear_betas  # here: the rest needs no common.py
+
+    if name == "flow":
+        u = torch.arange(1, T + 1, device=device) / (T + 1)
+        return (1 - u) ** 2 / ((1 - u) ** 2 + u**2)
+    betas = {"linear": linear_betas, "cosine": cosine_betas}[name]
+    return alpha_bar(betas(T)).to(device)
 
 
 def loss(model, x0, y, t, noise, alphas_cumprod):
-    """Ho et al. 2020, algorithm 1: mix images with noise, and ask the network for the noise.
-
-    x0, noise (B, C, H, W), t (B,), alphas_cumprod (T,) -> a scalar, eq. 14. y is not used.
-    """
+    """Ho et al. 2020, algorithm 1: x0, noise (B, C, H, W), t (B,) -> a scalar, eq. 14. No y."""
     a = alphas_cumprod[t][:, None, None, None]
     x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise  # eq. 4
     return F.mse_loss(model(x_t, t, y), noise)
@@ -243,14 +246,11 @@ def load(path):
             raise ValueError(f"it means {dict(config['meaning'].items() - MEANING.items())}")
         if not all(w.isfinite().all() for w in weights.values()):
             raise ValueError("its weights are not finite")
-        shape = [int(config[flag]) for flag in SHAPE]
-    except Exception as error:  # of a dozen kinds, for a file can be damaged in many ways
-        fail(f"{path} is not a checkpoint of {NAME}.py: {error!r}")
-    model = UNet(*shape).eval()
-    try:
+        shape = [int(config["dim"]), str(config["schedule"])]
+        model = UNet(*shape).eval()
         model.load_state_dict(weights)
-    except RuntimeError as error:
-        fail(f"{path} does not fit {NAME}.py: {error}")
+    except Exception as error:  # of a dozen kinds, for a file can be damaged in many ways
+        fail(f"{path} is not a checkpoint of {NAME}.py: {type(error).__name__}: {error}")
     return model, state
 
 
@@ -263,7 +263,7 @@ def draw(model, args, index, looks=1):
     from common import noises
 
     device = next(model.parameters()).device
-    alphas_cumprod = schedule(device)
+    alphas_cumprod = schedule(device, model.schedule)
     denoise = denoiser(model, alphas_cumprod)
     noise = noises(args.seed, index, (CHANNELS, SIZE, SIZE), device)
     frames = []
@@ -323,22 +323,22 @@ def learning_rate(step, args):
 
 
 def train(args, state, device):
-    """Train from scratch, or from the state of a run.
+    """Train from scratch, or go on from the state of a run.
 
-    Step n is a function of (--seed, n) and the weights it finds: it does not matter whether a run
-    was killed and resumed, nor how many processes share the batch.
+    Step n is a function of (--seed, n) and the weights, in however many goes and processes.
     """
     from common import batch, load_data
 
     try:
-        train_set, test_set, names = load_data(DATA, args.data_dir, SIZE, device)
+        train_set, test_set, names = load_data(DATA, args.data_dir, SIZE, CHANNELS, device)
     except (OSError, ValueError) as error:
         fail(f"--data-dir {args.data_dir}: {error}")
 
     torch.manual_seed(args.seed)  # the same first weights in every process
-    model = UNet(args.dim).to(device)
+    model = UNet(args.dim, args.schedule).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    averages, weights = list(ema.parameters()), [w.detach() for w in model.parameters()]
+    averages = list(ema.parameters())
+    weights = [w.detach() for w in model.parameters()]
     optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=device.type != "mps")
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
     header = "step,images,loss,val_loss,lr,grad_norm,images_per_s,seconds"
@@ -359,7 +359,7 @@ def train(args, state, device):
     if WORLD > 1:
         net = DistributedDataParallel(net)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    alphas_cumprod = schedule(device)
+    alphas_cumprod = schedule(device, model.schedule)
     signals = []
     if WORLD == 1:  # Ctrl-C, or a cluster's SIGTERM: finish the step, save and leave
         signal.signal(signal.SIGINT, lambda *caught: signals.append(caught))
@@ -367,9 +367,7 @@ def train(args, state, device):
 
     recent, start = [], time.perf_counter()
     for step in range(progress["step"] + 1, args.max_steps + 1):
-        x0, y, t, noise, _ = batch(
-            *train_set, T, args.batch_size, args.seed, step, rank=RANK, world=WORLD
-        )
+        x0, y, t, noise, _ = batch(*train_set, T, args.batch_size, args.seed, step, RANK, WORLD)
         with autocast:
             value = loss(net, x0, y, t, noise, alphas_cumprod)
         value.backward()
@@ -403,11 +401,11 @@ def train(args, state, device):
                     val_loss = loss(ema, x0, y, t, noise, alphas_cumprod).item()
             elapsed = time.perf_counter() - start
             pace = len(recent) * args.batch_size / elapsed
-            minutes = (args.max_steps - step) * args.batch_size / pace / 60
+            minutes = (args.max_steps - step) / len(recent) * elapsed / 60
             progress["seconds"] += elapsed
-            row = [step, progress["images"], f"{train_loss:.5f}", f"{val_loss:.5f}", f"{lr:g}"]
-            row += [f"{grad_norm:.3f}", f"{pace:.0f}", f"{progress['seconds']:.0f}"]
-            progress["log"].append(",".join(map(str, row)))
+            row = f"{step},{progress['images']},{train_loss:.5f},{val_loss:.5f},{lr:g},"
+            row += f"{grad_norm:.3f},{pace:.0f},{progress['seconds']:.0f}"
+            progress["log"].append(row)
             speed = f"{pace:.0f} images/s  {minutes:.1f} min left"
             print0(f"step {step}  loss {train_loss:.4f}  validation {val_loss:.4f}  {speed}")
             recent, start = [], time.perf_counter()
@@ -454,6 +452,7 @@ def make_parser():
     add("--out", default="samples.png", help="x.png a grid, x.gif the way to it, x/ a file each")
 
     add = parser.add_argument_group("training").add_argument
+    add("--schedule", choices=["linear", "cosine", "flow"], default="linear", help="of noise")
     add("--data-dir", default="data", help="MNIST, or your own images in train/<class>/")
     add("--run-dir", default=f"runs/{NAME}", help="for ckpt.pt, log.csv and samples")
     add("--resume", action="store_true", help="continue the run in --run-dir, with its flags")
@@ -468,9 +467,7 @@ def make_parser():
     add("--seed", type=within(0, 2**31, int), default=0, help="of the training, or of the images")
 
     add = parser.add_argument_group("network, and machine (which --resume forgets)").add_argument
-    add(
-        "--dim", type=int, choices=[16, 32, 48, 64, 96, 128], default=64, help="channels at 28 x 28"
-    )
+    add("--dim", type=int, choices=[16, 32, 48, 64, 96, 128], default=64, help="channels")
     device = "cuda" if cuda else "mps" if mps else "cpu"
     add("--device", choices=sorted({device, "cpu"}), default=device, help="where to compute")
     dtype = "bfloat16" if cuda else "float32"
@@ -498,6 +495,9 @@ def check(args, drawing):
         fail(f"--eta is for --sampler ddim, and there is none in {args.sampler}")
     if not args.out.endswith((".png", ".gif", "/")):
         fail(f"--out {args.out} must end in .png, .gif or /")
+    folder = next(p for p in Path(f"{args.out}x").absolute().parents if os.path.exists(p))
+    if not os.access(f"{folder}/", os.W_OK):
+        fail(f"--out {args.out}: {folder} is no folder that can be written to")
 
 
 def main():
@@ -505,8 +505,6 @@ def main():
     signal.signal(signal.SIGINT, lambda *caught: sys.exit(130))  # without a traceback
     parser = make_parser()
     args = parser.parse_args()
-    if find_spec("common") is None:
-        fail("to draw and to train, common.py must be beside it")
     drawing = args.sample_only or args.ckpt
     path = find_checkpoint(args, drawing)
     model, state = load(path) if path else (None, None)

@@ -17,7 +17,6 @@ import sys
 import time
 import zipfile
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -29,16 +28,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 NAME = Path(__file__).stem
-DATA, CHANNELS, SIZE = "CIFAR10", 3, 32  # load_data reads 3 channels for CIFAR10, 1 for MNIST
+DATA, CHANNELS, SIZE = "CIFAR10", 3, 32
 T = 1000  # times of the schedule: 0 is almost the image, T - 1 almost noise
 LAMBDA_MIN = -5.1  # where dpm starts: below this log(alpha / sigma), x_t is all noise
 SHAPE = ["dim", "depth", "heads", "patch"]  # the flags that shape the network
-# The flags that --resume takes from the checkpoint, where none is typed; any other starts from its
-# default again. Numbers and texts only: a False would come back as the text "False", which is true.
+# The flags that --resume takes from the checkpoint, where none is typed: numbers and texts only.
 RUN = [*SHAPE, "data_dir", "batch_size", "max_steps", "lr", "warmup", "ema", "seed"]
 RUN += ["log_every", "save_every", "sample_every"]
-# What the numbers in a checkpoint mean. Change an entry when you change the thing it names, and
-# weights that mean something else are refused.
+# What the numbers in a checkpoint mean: change an entry with the thing it names.
 MEANING = {"script": NAME, "data": DATA, "size": SIZE, "channels": CHANNELS, "T": T}
 MEANING |= {"schedule": "cosine", "predicts": "v"}
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes, by torchrun; without it there is one
@@ -59,10 +56,14 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
+        self.norm_q = nn.RMSNorm(dim // heads, eps=1e-6)  # so that a high learning rate is safe
+        self.norm_k = nn.RMSNorm(dim // heads, eps=1e-6)
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x):  # (B, N, D) -> (B, N, D)
         q, k, v = rearrange(self.qkv(x), "b n (k h d) -> k b h n d", k=3, h=self.heads)
+        q = self.norm_q(q.float()).type_as(v)
+        k = self.norm_k(k.float()).type_as(v)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.out(rearrange(x, "b h n d -> b n (h d)"))
 
@@ -101,7 +102,8 @@ class DiT(nn.Module):
         place = torch.arange(self.side**2)
         row = timestep_embedding(place // self.side, dim // 2)
         column = timestep_embedding(place % self.side, dim // 2)
-        self.register_buffer("positions", torch.cat([row, column], dim=1), persistent=False)
+        positions = torch.cat([row, column], dim=1)
+        self.register_buffer("positions", positions, persistent=False)
         self.time = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.label = nn.Embedding(num_classes + 1, dim)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
@@ -125,7 +127,8 @@ class DiT(nn.Module):
         x = x + self.positions  # (B, N, D)
         for block in self.blocks:
             x = block(x, c)
-        shift, scale = self.modulation(c).float()[:, None].chunk(2, dim=-1)
+        modulation = self.modulation(c).float()[:, None]
+        shift, scale = modulation.chunk(2, dim=-1)
         x = self.head(self.norm(x) * (1 + scale) + shift).float()
         return rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", h=self.side, p=p, q=p)
 
@@ -149,8 +152,7 @@ def loss(model, x0, y, t, noise, alphas_cumprod):
     a = alphas_cumprod[t][:, None, None, None]
     x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise  # eq. 4
     v = a.sqrt() * noise - (1 - a).sqrt() * x0
-    weight = torch.minimum(a, 5 * (1 - a))  # min-SNR-5, of v only (Hang et al. 2023, 2303.09556)
-    return (weight * (model(x_t, t, y) - v).square()).mean()
+    return F.mse_loss(model(x_t, t, y), v)
 
 
 def denoiser(model, alphas_cumprod, y=None, guidance=1.0, interval=(0.0, 1.0)):
@@ -220,8 +222,9 @@ def dpm_solver_sample(denoise, x, alphas_cumprod, steps=15, randn=None):
     # finite where alpha-bar is 1; on the CPU, for an Apple GPU has no float64
     alpha_bar = alphas_cumprod.cpu().double().clamp(max=1 - 1e-7)
     lambdas = alpha_bar.logit() / 2  # log(alpha / sigma)
-    first, last = max(lambdas[-1].item(), LAMBDA_MIN), lambdas[0].item()
-    targets = torch.linspace(first, last, max(steps, 2), dtype=torch.float64)[:steps]
+    first = max(lambdas[-1], LAMBDA_MIN)
+    last = lambdas[0]
+    targets = torch.linspace(first, last, max(steps, 2))[:steps]
     ts = sorted({(lambdas - target).abs().argmin().item() for target in targets}, reverse=True)
     x0_before = h_before = None
     for t, t_next in zip(ts[:-1], ts[1:], strict=True):
@@ -277,14 +280,11 @@ def load(path):
             raise ValueError(f"it means {dict(config['meaning'].items() - MEANING.items())}")
         if not all(w.isfinite().all() for w in weights.values()):
             raise ValueError("its weights are not finite")
-        shape, num_classes = [int(config[flag]) for flag in SHAPE], len(config["names"])
-    except Exception as error:  # of a dozen kinds, for a file can be damaged in many ways
-        fail(f"{path} is not a checkpoint of {NAME}.py: {error!r}")
-    model = DiT(*shape, num_classes).eval()
-    try:
+        shape = [int(config[flag]) for flag in SHAPE]
+        model = DiT(*shape, len(config["names"])).eval()
         model.load_state_dict(weights)
-    except RuntimeError as error:
-        fail(f"{path} does not fit {NAME}.py: {error}")
+    except Exception as error:  # of a dozen kinds, for a file can be damaged in many ways
+        fail(f"{path} is not a checkpoint of {NAME}.py: {type(error).__name__}: {error}")
     return model, state
 
 
@@ -388,22 +388,22 @@ def learning_rate(step, args):
 
 
 def train(args, state, device):
-    """Train from scratch, or from the state of a run.
+    """Train from scratch, or go on from the state of a run.
 
-    Step n is a function of (--seed, n) and the weights it finds: it does not matter whether a run
-    was killed and resumed, nor how many processes share the batch.
+    Step n is a function of (--seed, n) and the weights, in however many goes and processes.
     """
     from common import batch, load_data
 
     try:
-        train_set, test_set, names = load_data(DATA, args.data_dir, SIZE, device)
+        train_set, test_set, names = load_data(DATA, args.data_dir, SIZE, CHANNELS, device)
     except (OSError, ValueError) as error:
         fail(f"--data-dir {args.data_dir}: {error}")
 
     torch.manual_seed(args.seed)  # the same first weights in every process
     model = DiT(args.dim, args.depth, args.heads, args.patch, len(names)).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    averages, weights = list(ema.parameters()), [w.detach() for w in model.parameters()]
+    averages = list(ema.parameters())
+    weights = [w.detach() for w in model.parameters()]
     optimizers = make_optimizers(model, args.lr)
     parts = {"model": model, "ema": ema, **optimizers}
     header = "step,images,loss,val_loss,lr,grad_norm,images_per_s,seconds"
@@ -432,9 +432,9 @@ def train(args, state, device):
 
     recent, start = [], time.perf_counter()
     for step in range(progress["step"] + 1, args.max_steps + 1):
-        x0, y, t, noise, u = batch(  # flip mirrors half of the images, which spoils digits
-            *train_set, T, args.batch_size, args.seed, step, flip=True, rank=RANK, world=WORLD
-        )
+        x0, y, t, noise, u = batch(*train_set, T, args.batch_size, args.seed, step, RANK, WORLD)
+        mirrored = u[:, 1, None, None, None] < 0.5
+        x0 = torch.where(mirrored, x0.flip(-1), x0)
         y = torch.where(u[:, 0] < 0.1, len(names), y)  # a tenth without a class, for guidance
         with autocast:
             value = loss(net, x0, y, t, noise, alphas_cumprod)
@@ -471,11 +471,11 @@ def train(args, state, device):
                     val_loss = loss(ema, x0, y, t, noise, alphas_cumprod).item()
             elapsed = time.perf_counter() - start
             pace = len(recent) * args.batch_size / elapsed
-            minutes = (args.max_steps - step) * args.batch_size / pace / 60
+            minutes = (args.max_steps - step) / len(recent) * elapsed / 60
             progress["seconds"] += elapsed
-            row = [step, progress["images"], f"{train_loss:.5f}", f"{val_loss:.5f}", f"{lr:g}"]
-            row += [f"{grad_norm:.3f}", f"{pace:.0f}", f"{progress['seconds']:.0f}"]
-            progress["log"].append(",".join(map(str, row)))
+            row = f"{step},{progress['images']},{train_loss:.5f},{val_loss:.5f},{lr:g},"
+            row += f"{grad_norm:.3f},{pace:.0f},{progress['seconds']:.0f}"
+            progress["log"].append(row)
             speed = f"{pace:.0f} images/s  {minutes:.1f} min left"
             print0(f"step {step}  loss {train_loss:.4f}  validation {val_loss:.4f}  {speed}")
             recent, start = [], time.perf_counter()
@@ -573,6 +573,9 @@ def check(args, drawing):
         fail(f"--eta is for --sampler ddim, and there is none in {args.sampler}")
     if not args.out.endswith((".png", ".gif", "/")):
         fail(f"--out {args.out} must end in .png, .gif or /")
+    folder = next(p for p in Path(f"{args.out}x").absolute().parents if os.path.exists(p))
+    if not os.access(f"{folder}/", os.W_OK):
+        fail(f"--out {args.out}: {folder} is no folder that can be written to")
 
 
 def main():
@@ -580,8 +583,6 @@ def main():
     signal.signal(signal.SIGINT, lambda *caught: sys.exit(130))  # without a traceback
     parser = make_parser()
     args = parser.parse_args()
-    if find_spec("common") is None:
-        fail("to draw and to train, common.py must be beside it")
     drawing = args.sample_only or args.ckpt
     path = find_checkpoint(args, drawing)
     model, state = load(path) if path else (None, None)

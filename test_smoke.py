@@ -161,7 +161,7 @@ def test_mnist_files():
         labels = struct.pack(">2i", 2049, 20) + bytes(range(10)) * 2
         (raw / f"{split}-images-idx3-ubyte").write_bytes(images)
         (raw / f"{split}-labels-idx1-ubyte").write_bytes(labels)
-    (images, labels), test_set, _ = common.load_data("MNIST", "new", 28)
+    (images, labels), test_set, _ = common.load_data("MNIST", "new", 28, 1)
     assert torch.equal(images, random_images(20, 28, 28)[:, None])
     assert labels.tolist() == [*range(10), *range(10)]
     assert torch.equal(images, test_set[0])
@@ -171,7 +171,7 @@ def test_image_folders(capsys):
     hidden = ["train/.a", "train/__MACOSX/a", "train/a/.b", ".test/b"]
     write_folders("new", *hidden, "train/b ö", "train/a", "train/a/deep", "val/b ö", "val/a")
     Path("new/train/notes.txt").touch()
-    (images, labels), test_set, classes = common.load_data("CIFAR10", "new", 32)
+    (images, labels), test_set, classes = common.load_data("CIFAR10", "new", 32, 3)
     assert capsys.readouterr().out == "new/train: 1 files are no images, such as notes.txt\n"
     assert classes == ["a", "b ö"]
     assert labels.tolist() == [0, 0, 1]
@@ -208,11 +208,7 @@ def test_a_batch_is_a_function_of_seed_and_step():
     assert torch.equal(x0, images[y] / 127.5 - 1)
     assert noise.std() == pytest.approx(1, abs=0.03)
     assert t.bincount(minlength=10).min() > 500  # 600 on average
-    flipped = draw(3, 5, flip=True)[0]
-    mirrored = (flipped != x0).flatten(1).any(dim=1)
-    assert torch.equal(flipped[mirrored], x0.flip(-1)[mirrored])
-    columns = torch.cat([u, mirrored[:, None]], dim=1)  # eight numbers and the mirror: independent
-    assert (columns.T.corrcoef() - torch.eye(9)).abs().max() < 0.06
+    assert (u.T.corrcoef() - torch.eye(12)).abs().max() < 0.06
 
 
 # ---- Samplers, where the best denoiser is known: for data N(mean, std^2) it is linear in x_t
@@ -443,21 +439,26 @@ def stroke(width, lean):
     return (2 * ink - 1)[None, None]
 
 
-STROKES = [(4, -0.3, "a thick {} leaning left"), (1.5, 0.3, "a thin {} leaning right")]
+STROKES = [(4, -0.3, "a thick green {} leaning left on black")]
+STROKES += [(1.5, 0.3, "a thin green {} leaning right on black"), (2.4, 0, "a green {} on black")]
 
 
-@pytest.mark.parametrize("width, lean, caption", [*STROKES, (2.4, 0, "a {}")])
+@pytest.mark.parametrize("width, lean, caption", STROKES)
 def test_captions_are_read_off_the_image(width, lean, caption):
     for k, name in enumerate(ddim.DIGITS):
         for u, words in ((0.49, caption.format(name)), (0.6, str(k)), (0.0999, "")):
-            tokens = ddim.captions(stroke(width, lean), torch.tensor([k]), torch.full((1, 8), u))
+            y = torch.tensor([k])
+            u = torch.full((1, 12), u)
+            if k == 4:  # a green 4 is held out, and white comes in its place
+                words = words.replace("green", "white").replace("black", "yellow")
+            _, tokens = ddim.illustrate(stroke(width, lean), y, u)
             assert tokens[0].tolist() == ddim.tokenize(words)
 
 
 def test_tokenize():
-    words = [ddim.WORDS[token] for token in ddim.tokenize("An  8 leaning LEFT")]
-    assert words == ["a", "8", "leaning", "left", ""]
-    for prompt, named in (("a green 7", "'green' is not known"), ("a a a a a 7", "'7' is one too")):
+    words = [ddim.WORDS[token] for token in ddim.tokenize("An  8 on BLUE")]
+    assert words == ["a", "8", "on", "blue", "", "", "", ""]
+    for prompt, named in (("a pink 7", "'pink' is not known"), ("a " * 8 + "7", "'7' is one too")):
         with pytest.raises(ValueError, match=named):
             ddim.tokenize(prompt)
 
@@ -465,7 +466,7 @@ def test_tokenize():
 def test_interpolation_is_slerp():
     args = parse(ddim, "--seed 3 -n 10")
     x = ddim.interpolated_noise(args, 2, range(10), "cpu").flatten(1)  # image i is in row i % 2
-    ends = next(common.noises(3, range(4), (1, 28, 28))).flatten(1)
+    ends = next(common.noises(3, range(4), (3, 28, 28))).flatten(1)
     torch.testing.assert_close(x[[0, 8, 1, 9]], ends)
     angles = torch.cosine_similarity(x[2:], x[:-2]).acos()
     assert (angles[::2] - angles[0]).abs().max() < 0.01
@@ -489,14 +490,15 @@ def test_what_a_step_is_trained_on_and_what_is_validated(script, monkeypatch):
     train(script, "run", 1, "--batch-size 64 --seed 5 --lr 0.1")
     assert clip.call_args.args[1] == 1
     trained, validated = [call.args for call in loss.call_args_list]
-    sets = common.load_data(script.DATA, "data", script.SIZE)
-    step = common.batch(*sets[0], 1000, 64, 5, 1, flip=script in TRANSFORMERS)
+    sets = common.load_data(script.DATA, "data", script.SIZE, script.CHANNELS)
+    step = common.batch(*sets[0], 1000, 64, 5, 1)
     held_out = common.batch(*sets[1], 1000, 256, 0, 0)
     for args, (x0, y, t, noise, u) in ((trained, step), (validated, held_out)):
         if script is ddim:
-            y = ddim.captions(x0, y, u)
+            x0, y = ddim.illustrate(x0, y, u)
         elif script in TRANSFORMERS and args is trained:
             y = torch.where(u[:, 0] < 0.1, 8, y)  # a tenth has the null class
+            x0 = torch.where(u[:, 1, None, None, None] < 0.5, x0.flip(-1), x0)  # half are mirrored
         for given, expected in zip(args[1:], (x0, y, t, noise, script.schedule()), strict=True):
             assert torch.equal(given, expected)
     state, (row,) = load("run")
@@ -617,17 +619,17 @@ def test_prompts_and_interpolation_from_the_command_line():
     assert (ends - pixels("ends.png").view(30, 60, 3)).abs().max() <= 1
 
 
-def test_inversion_from_the_command_line(capsys, monkeypatch):
+def test_inversion_from_the_command_line(monkeypatch):
     spy = mock.Mock(side_effect=ddim.denoiser)
     monkeypatch.setattr(ddim, "denoiser", spy)
     run_script(ddim, "--sample-only --classes 7 -n 1 --steps 20 --out x/")
     run_script(ddim, "--invert x/000000-7.png --prompt 7 8 --steps 50 --out back.png")
-    assert float(re.search(r"PSNR (\d+\.\d) dB", capsys.readouterr().out)[1]) > 20
     _, _, eight, guidance = spy.call_args.args
     assert eight[0].tolist() == ddim.tokenize("8")
     assert guidance == 2  # for the picture under another prompt
     shown = pixels("back.png")[1:29].view(28, 4, 30, 3)[:, :, 1:29]
     assert torch.equal(shown[:, 0], pixels("x/000000-7.png"))
+    assert (shown[:, 2] - shown[:, 0].float()).square().mean().sqrt() < 25  # PSNR of 20 dB
 
 
 def test_shipped_checkpoint_draws(script):
@@ -639,7 +641,7 @@ def test_shipped_checkpoint_draws(script):
         planes_and_ships, deer_and_frogs = picture.view(2, 68, 136, 3).mean(dim=(1, 2))
         red, _, blue = planes_and_ships - deer_and_frogs
         assert blue - red > 5
-    else:
+    elif script is ddpm:
         assert 0.6 < (picture < 32).float().mean() < 0.95
         assert 0.03 < (picture > 224).float().mean() < 0.3
 
@@ -750,12 +752,12 @@ dit  --run-dir shipped --resume               | weights alone
 dit  --sample-only --eta 0.5                  | --eta is for --sampler ddim
 dit  --sample-only --guidance nan             | --guidance: nan
 dit  --sample-only --out x.jpg                | --out x.jpg
-dit  --sample-only --out text/x.png           | cannot write text/x.png
+dit  --sample-only --out text/x.png           | text is no folder
 dit  --sample-only --classes 3 10             | --classes [3, 10]
 dit  --lr nan                                 | --lr: nan
 dit  --max-steps -1                           | --max-steps: -1
 dit  --dim 42                                 | --dim 42
-ddim --sample-only --prompt green             | 'green'
+ddim --sample-only --prompt pink              | 'pink'
 ddim --sample-only --prompt 7 --classes 12    | '12'
 ddim --invert text                            | --invert text
 ddim --data-dir names --run-dir d             | 11 classes
@@ -792,8 +794,6 @@ for name in sys.argv[1:]:
     for sample in script.SAMPLERS.values():
         assert sample(script.denoiser(net, a), noise, a, steps=2).shape == noise.shape
 assert not {"common", "torchvision", "PIL"} & set(sys.modules)
-sys.argv[1:] = ["--ckpt", sys.argv[1] + ".pt"]
-import_module("ddpm_unet_mnist").main()
 """
 
 
@@ -805,13 +805,11 @@ def test_files_copied_alone_work():
         ours = {"torch", "torchvision", "einops", "filelock", "PIL", "common"}
         assert imported <= ours | sys.stdlib_module_names
         assert "assert " not in code  # for python -O would leave it out
-    shutil.copy(ROOT / "checkpoints" / "ddpm_unet_mnist.pt", ".")
     Path("alone.py").write_text(ALONE)
     names = " ".join(script.NAME for script in SCRIPTS)
     process = start(f"alone.py {names}", PYTHONPATH="")
-    advice = "ddpm_unet_mnist.py: to draw and to train, common.py must be beside it\n"
-    assert process.communicate() == ("", advice)
-    assert process.returncode == 2
+    assert process.communicate() == ("", "")
+    assert process.returncode == 0
 
 
 def test_a_console_that_lacks_letters():
@@ -828,13 +826,13 @@ OWN = {  # what is each script's own, and may differ
     (dit, ddpm): "Attention Block schedule loss denoiser make_parser",
 }
 ALIKE = "load draw write train check main"  # the same, but for lines with one of these in them:
-WORDS = """Net( DiT( optimizer Muon batch( captions names) ["names"] digits classes tokens prompt
-write( draw( next( denoiser( rows round( shape invert interpolate SAMPLERS[ loss(net args.d
-args.ckpt .png else: group["""
+WORDS = """Net( DiT( optimizer Muon batch( illustrate( mirrored names) ["names"] digits classes
+tokens prompt write( draw( next( denoiser( rows round( shape invert interpolate SAMPLERS[ loss(net
+args.d args.ckpt .png else: group[ schedule("""
 
 
 def source(script, name, alike):
-    text = inspect.getsource(vars(script)[name]).replace("UViT", "DiT").replace("flip=True, ", "")
+    text = inspect.getsource(vars(script)[name]).replace("UViT", "DiT")
     words = WORDS.split() if alike else []
     return [line for line in text.splitlines() if not any(word in line for word in words)]
 

@@ -154,7 +154,7 @@ class MNIST:
         self.classes = []
 torchvision.datasets.MNIST = MNIST
 dist.init_process_group("gloo")
-common.load_data("MNIST", "new", 28)
+common.load_data("MNIST", "new", 28, 1)
 dist.destroy_process_group()
 """
 

@@ -87,8 +87,6 @@ def main(argv=None):
     parser.add_argument("-n", type=int, default=1000, help="test images (%(default)s)")
     parser.add_argument("--unconditional", action="store_true", help="tell no class, no prompt")
     args = parser.parse_args(argv)
-    if args.n < 2:
-        fail("-n: a standard error wants two images")
     try:
         state = torch.load(args.checkpoint, "cpu", weights_only=True)
         script = importlib.import_module(state["config"]["script"])
@@ -96,15 +94,18 @@ def main(argv=None):
     except Exception as error:  # of many kinds, for a file can be damaged in many ways
         fail(f"{args.checkpoint} cannot be loaded: {error}")
     try:
-        _, test_set, names = load_data(script.DATA, args.data_dir, script.SIZE)
+        _, test_set, names = load_data(script.DATA, args.data_dir, script.SIZE, script.CHANNELS)
     except (OSError, ValueError) as error:
         fail(f"--data-dir {args.data_dir}: {error}")
     if not test_set or len(names) != len(state["config"].get("names", names)):
         fail(f"--data-dir {args.data_dir}: no test set, or other classes than the model's")
     torch.manual_seed(0)
     images, y = test_set
-    if hasattr(script, "tokenize"):  # its prompts are numbers and words
-        y = torch.tensor([script.tokenize(str(label)) for label in y.tolist()])
+    if hasattr(script, "illustrate"):  # in colours, and told all that can be said
+        u = torch.full((len(y), 12), 0.1)
+        u[:, 7:9] = torch.rand(len(y), 2)
+        x0, y = script.illustrate(images / 127.5 - 1, y, u)
+        images = x0.mul(127.5).add(127.5).round().byte()
     alphas_cumprod = script.schedule("cpu").double()
     batches = []
     chosen = torch.randperm(len(images))[: args.n]

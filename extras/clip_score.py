@@ -102,9 +102,10 @@ def main(argv=None, clip=None):
     args = parser.parse_args(argv)
 
     images, labels = read_folder(args.folder)
-    data = "MNIST" if all((x == x[:1]).all() for x in images) else "CIFAR10"  # gray, or coloured?
+    size = images[0].shape[-1]
+    data = "MNIST" if size <= 28 else "CIFAR10"
     try:
-        train_set, test_set, names = load_data(data, args.data_dir, images[0].shape[-1])
+        train_set, test_set, names = load_data(data, args.data_dir, size, 3)
     except (OSError, ValueError) as error:
         fail(f"--data-dir {args.data_dir}: {error}")
     if labels.max() >= len(names):

@@ -66,7 +66,7 @@ def read_training_set(name, data_dir, size):
     from common import load_data
 
     try:
-        return load_data(name, data_dir, size)[0][0].expand(-1, 3, -1, -1)
+        return load_data(name, data_dir, size, 3)[0][0]
     except (OSError, ValueError) as error:
         fail(f"--data-dir {data_dir}: {error}")
 

@@ -29,7 +29,7 @@ def forward_and_reverse(args):
     from common import load_data
 
     try:
-        x0 = load_data(ddpm.DATA, args.data_dir, ddpm.SIZE)[0][0][:4] / 127.5 - 1
+        x0 = load_data(ddpm.DATA, args.data_dir, ddpm.SIZE, 1)[0][0][:4] / 127.5 - 1
     except (OSError, ValueError) as error:
         fail(f"--data-dir {args.data_dir}: {error}")
     alphas_cumprod = ddpm.schedule()
