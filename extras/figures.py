@@ -8,13 +8,18 @@ import tempfile
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 HOME = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HOME))
 TIMES = [0, 25, 50, 100, 150, 200, 250, 300, 400, 500, 700, 999]
-PROMPTS = ["a thick seven leaning left", "a thin seven leaning right", "7", "a thick three"]
-PROMPTS += ["thin 3", "two leaning right", "eight", ""]
+# Of the first four, no training image has the digit in that ink.
+PROMPTS = [
+    "a thick red seven leaning left on blue",
+    "a white eight on red",
+    "green 4 leaning right",
+]
+PROMPTS += ["a thin blue 3 on yellow", "a thick black 2 on orange", "purple five", "9 on green", ""]
 
 
 def fail(message):
@@ -51,42 +56,39 @@ def forward_and_reverse(args):
 
 
 def prompts(args):
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, HOME / "ddim_unet_mnist.py", "--sample-only"]
-        command += ["--ckpt", HOME / "checkpoints/ddim_unet_mnist.pt", "--prompt", *args.prompts]
-        command += [f"-n={12 * len(args.prompts)}", f"--out={folder}/rows.png"]
-        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
-            sys.exit(2)  # the script has said why
-        table = ImageOps.expand(Image.open(f"{folder}/rows.png"), (190, 0, 0, 0), "white")
-    draw, font = ImageDraw.Draw(table), ImageFont.load_default(13)
+    columns = 12 // len(args.ckpt)
+    table = Image.new("RGB", (640, 30 * len(args.prompts)), "white")
+    draw = ImageDraw.Draw(table)
     for row, prompt in enumerate(args.prompts):
-        draw.text((4, 30 * row + 7), f'"{prompt}"', "black", font)
+        draw.text((4, 30 * row + 7), f'"{prompt}"', "black", ImageFont.load_default(13))
+    for i, path in enumerate(args.ckpt):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, HOME / "ddim_unet_mnist.py", "--ckpt", path]
+            command += ["--prompt", *args.prompts, f"-n={columns * len(args.prompts)}"]
+            if subprocess.run([*command, "--out", f"{folder}/x.png"]).returncode:
+                sys.exit(2)  # the script has said why
+            table.paste(Image.open(f"{folder}/x.png"), (270 + i * (30 * columns + 10), 0))
     return table.save
 
 
 def curves(args):
-    """Columns of csv files against another: a line for each file and column, or each sampler."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         fail(f"pip install matplotlib ({error})")
-    x, unit = ("seconds", 60) if args.x == "minutes" else (args.x, 1)
     lines = {}
-    for path in map(Path, args.files):
-        name = path.parent.name if path.stem == "log" else path.stem
-        try:
-            for row in csv.DictReader(path.read_text().splitlines()):
+    try:
+        for path in args.files:
+            for row in csv.DictReader(Path(path).read_text().splitlines()):
                 for y in args.y:
-                    line = lines.setdefault(row.get("sampler", f"{name}, {y}"), [])
-                    line.append((float(row[x]) / unit, float(row[y])))
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            fail(f"{path} must be a csv file with {x}, {', '.join(args.y)}: {error!r}")
+                    line = lines.setdefault(row.get("sampler", f"{path}, {y}"), [])
+                    line.append((float(row[args.x]), float(row[y])))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        fail(f"{path} must be a csv file with {args.x}, {', '.join(args.y)}: {error!r}")
     axes = Figure((8, 4), layout="tight").subplots()
     for label, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), args.style, label=label)
-    axes.set(xlabel=args.x, xscale=args.xscale, ylabel=args.y[0], ylim=args.ylim)
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
+        axes.plot(*zip(*sorted(points), strict=True), label=label)
+    axes.set(xlabel=args.x, ylabel=args.y[0])
     axes.legend()
     return axes.figure.savefig
 
@@ -94,8 +96,7 @@ def curves(args):
 FIGURES = {
     "forward-and-reverse": (forward_and_reverse, "real digits turn into noise, noise into samples"),
     "prompts": (prompts, "a table of prompts and of digits drawn for them"),
-    "loss": (curves, "losses of training and validation against images seen, or minutes"),
-    "recognised": (curves, "share read as asked against evaluations of the network"),
+    "curves": (curves, "columns of csv files against another, as losses against images seen"),
 }
 
 
@@ -107,16 +108,15 @@ def main(argv=None):
     for name, (make, text) in FIGURES.items():
         figure = figures.add_parser(name, help=text, description=text)
         figure.error = fail
-        figure.set_defaults(make=make, y=["loss", "val_loss"], style="-", xscale="linear")
+        figure.set_defaults(make=make)
         figure.add_argument("--out", default=f"{name}.png", help="(%(default)s)")
         add[name] = figure.add_argument
-    figure.set_defaults(x="evaluations", y=["share"], style="o-", xscale="log", ylim=(0, 1))
     add["forward-and-reverse"]("--data-dir", default="data", help="with MNIST (%(default)s)")
+    add["prompts"]("--ckpt", nargs="+", default=[HOME / "checkpoints/ddim_unet_mnist.pt"])
     add["prompts"]("prompts", nargs="*", default=PROMPTS, help="a row each (the README's)")
-    add["loss"]("files", nargs="+", help="log.csv of runs, or copies by another name")
-    add["loss"]("--against", dest="x", choices=["images", "minutes"], default="images")
-    add["loss"]("--ylim", type=float, nargs=2, help="lowest and highest loss to show (all)")
-    add["recognised"]("files", nargs=1, help="with columns sampler, evaluations, share (0 to 1)")
+    add["curves"]("files", nargs="+", help="log.csv of runs, or any csv file; a line for each")
+    add["curves"]("--x", default="images", help="a column (%(default)s)")
+    add["curves"]("--y", nargs="+", default=["loss", "val_loss"], help="columns (loss, val_loss)")
     args = parser.parse_args(argv)
     save = args.make(args)
     try:

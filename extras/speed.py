@@ -36,7 +36,7 @@ def list_networks(what, depth, patch):
         peer |= {"down_block_types": ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"]}
         peer |= {"up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"]}
         lucid = {"dim": 32, "dim_mults": (1, 2, 4), "channels": 1}
-        ours = [("ddpm_unet_mnist", "UNet", {}), ("ddim_unet_mnist", "UNet", {})]
+        ours = [("ddpm_unet_mnist", "UNet", {})]
         peers = [("diffusers", "UNet2DModel", peer), ("denoising_diffusion_pytorch", "Unet", lucid)]
         return (1, 28, 28), ours + peers
     shape = {"dim": 384, "depth": depth, "heads": 6, "patch": patch}
