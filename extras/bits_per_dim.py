@@ -101,17 +101,16 @@ def main(argv=None):
         fail(f"--data-dir {args.data_dir}: no test set, or other classes than the model's")
     torch.manual_seed(0)
     images, y = test_set
-    if hasattr(script, "illustrate"):  # in colours, and told all that can be said
-        u = torch.full((len(y), 12), 0.1)
-        u[:, 7:9] = torch.rand(len(y), 2)
+    if hasattr(script, "illustrate"):  # in colours, and told what captions may say
+        u = torch.rand(len(y), 12).clamp(min=0.1)
         x0, y = script.illustrate(images / 127.5 - 1, y, u)
         images = x0.mul(127.5).add(127.5).round().byte()
-    alphas_cumprod = script.schedule("cpu").double()
+    named = [model.schedule] if hasattr(model, "schedule") else []
+    alphas_cumprod = script.schedule("cpu", *named).double()
     batches = []
-    chosen = torch.randperm(len(images))[: args.n]
-    for index in chosen.split(100):
+    for index in torch.randperm(len(images))[: args.n].split(100):
         told = None if args.unconditional else y[index].to(DEVICE)
-        denoise = script.denoiser(model, script.schedule(DEVICE), told)
+        denoise = script.denoiser(model, alphas_cumprod.float().to(DEVICE), told)
         batches.append(bits_per_dim(denoise, images[index], alphas_cumprod, device=DEVICE))
     bits, *terms = (torch.cat(parts, 1) for parts in zip(*batches, strict=True))
     prior, small, large, decoder = bits
