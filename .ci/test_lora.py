@@ -30,6 +30,7 @@ def script(request):
 @pytest.fixture(autouse=True)
 def typed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lora, "DEVICE", "cpu")
     lora.make_typed("typed")
 
 
@@ -71,9 +72,10 @@ def test_training_leaves_the_weights_alone(script):
     model, before = load(script, "base.pt")
     drawn = output(script, model)
     lora.add_lora(model, rank=2)
-    torch.testing.assert_close(output(script, model), drawn)  # B is 0
+    same = output(script, model)  # for B is 0, though other kernels may add in another order
+    torch.testing.assert_close(same, drawn, rtol=0, atol=1e-6)
     learnt = lora.train(script, model, len(NAMES), Namespace(data_dir="typed", steps=3))
-    assert not torch.equal(output(script, model), drawn)
+    assert (output(script, model) - drawn).abs().max() > 1e-4
     adapted = model.state_dict()
     original = ".parametrizations.weight.original"
     for name, weight in before.items():
@@ -169,10 +171,10 @@ def test_errors_are_one_line(flags, message, capsys):
 
 
 def test_typed():
-    """Ten digits, ten of each, white on black; half are thick, two fifths lean to either side."""
-    with pytest.raises(SystemExit) as exited:
+    """Ten digits, ten of each, white on black; half are thick, and both lean from left to right."""
+    with pytest.raises(SystemExit) as end:
         lora.main(["--make-typed", "more"])
-    assert not exited.value.code
+    assert end.value.code is None
     (images, labels), test_set, names = load_data("MNIST", "more", 28, 1)
     assert names == list("0123456789")
     assert labels.bincount().tolist() == [10] * 10
@@ -184,4 +186,6 @@ def test_typed():
     assert not images[:, :, [0, -1]].any() and not images[:, :, :, [0, -1]].any()
     width, slant = ddim.measure(images / 127.5 - 1)
     assert ((width > 2.6) == torch.arange(100).div(5, rounding_mode="floor").remainder(2)).all()
-    assert (slant.view(20, 5).diff(dim=1) - 0.15).abs().max() < 0.03  # five slants of each
+    slant = slant.view(20, 5)
+    assert (slant.diff(dim=1) > 0.1).all()
+    assert (slant[:, 0] < -0.1).all() and (slant[:, 4] > 0.1).all()
