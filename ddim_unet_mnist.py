@@ -86,7 +86,7 @@ def held_out(digit, ink):
 
 
 def illustrate(x0, y, u):
-    """Grey x0 (B, C, H, W), classes y (B,) -> x0 in colour, captions. Choices are made by u."""
+    """Grey x0 (B, C, H, W), classes y (B,), chance u (B, 12) -> x0 in colour, captions."""
     ink = (8 * u[:, 7]).long()
     ink = torch.where(held_out(y, ink), (ink + 3) % 8, ink)
     paper = (ink + 1 + (7 * u[:, 8]).long()) % 8  # any other colour
@@ -103,7 +103,7 @@ def captions(x0, y, ink, paper, u):
     side = torch.where(slant > 0.1, TOKEN["right"], 0)
     side = torch.where(slant < -0.1, TOKEN["left"], side)
     says_digit = u[:, 2] < 0.75
-    says = (u < 0.5).T  # each of the others, (12, B)
+    says = (u < 0.5).T  # (12, B): every other part is mentioned half of the time
     says_side = says[5] & (side > 0)
     words = [
         says[3] * says_digit * TOKEN["a"],
@@ -179,7 +179,7 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """x_t (B, C, H, W), t (B,), tokens y (B, LENGTH), else of "" -> v. ValueError: other sizes."""
+    """x_t (B, C, H, W), t (B,), tokens y (B, LENGTH) -> v. ValueError for another image size."""
 
     def __init__(self, dim=48):
         super().__init__()

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 NAME = Path(__file__).stem
 DATA, CHANNELS, SIZE = "MNIST", 1, 28
 T = 1000  # times of the schedule: 0 is almost the image, T - 1 almost noise
-SHAPE = ["dim", "schedule"]  # the flags that shape the network, and what it sees
+SHAPE = ["dim", "schedule"]  # the flags that shape the network, or what it is trained on
 # The flags that --resume takes from the checkpoint, where none is typed: numbers and texts only.
 RUN = [*SHAPE, "data_dir", "batch_size", "max_steps", "lr", "warmup", "ema", "seed"]
 RUN += ["log_every", "save_every", "sample_every"]
@@ -152,7 +152,7 @@ def schedule(device="cpu", name="linear"):
 
 
 def loss(model, x0, y, t, noise, alphas_cumprod):
-    """Ho et al. 2020, algorithm 1: x0, noise (B, C, H, W), t (B,) -> a scalar, eq. 14. No y."""
+    """Ho et al. 2020, algorithm 1: x0, noise (B, C, H, W), t (B,) -> a scalar, eq. 14."""
     a = alphas_cumprod[t][:, None, None, None]
     x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise  # eq. 4
     return F.mse_loss(model(x_t, t, y), noise)

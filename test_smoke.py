@@ -633,8 +633,8 @@ def test_inversion_from_the_command_line(monkeypatch):
 
 
 def test_shipped_checkpoint_draws(script):
-    """What a fresh clone does first: white strokes on black, or smooth pictures, ships bluer."""
-    kinds = "--classes 0 8 4 6" if script in TRANSFORMERS else ""
+    """What a fresh clone does first: white on black, ink on blue, or pictures, ships bluer."""
+    kinds = {ddpm: "", ddim: "--prompt '7 on blue'"}.get(script, "--classes 0 8 4 6")
     run_script(script, "--sample-only -n 16 --steps 10 " + kinds)
     picture = pixels("samples.png").float()
     if script in TRANSFORMERS:
@@ -644,6 +644,8 @@ def test_shipped_checkpoint_draws(script):
     elif script is ddpm:
         assert 0.6 < (picture < 32).float().mean() < 0.95
         assert 0.03 < (picture > 224).float().mean() < 0.3
+    else:
+        assert picture[2, 2].tolist() == pytest.approx([47, 98, 201], abs=25)  # the paper
 
 
 # ---- Rough treatment

@@ -155,6 +155,7 @@ def test_clip_score_of_a_random_network_is_chance(data):
 
 ERRORS = [  # program, its arguments in a folder, part of the line
     (bits_per_dim, "text.pt", "text.pt cannot be loaded"),
+    (bits_per_dim, f"{DIT} -n 1", "two images"),
     (bits_per_dim, f"{DIT} --data-dir odd", "--data-dir odd: "),
     (bits_per_dim, f"{DIT} --data-dir few", "no test set, or other classes"),
     (fid, f"{DIT} --weights text.pt", "--weights"),

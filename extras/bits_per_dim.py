@@ -2,8 +2,7 @@
 
     python extras/bits_per_dim.py checkpoints/dit_cifar10.pt --data-dir data -n 1000
 
-What a test image takes, stored without loss, per pixel and channel: 8 without a model, 3.7 with
-DDPM on CIFAR-10 (Ho et al. 2020, table 2). Then the error by noise level, whatever is predicted.
+Per pixel and channel, without loss: 8 without a model, 3.7 with DDPM (Ho et al. 2020, table 2).
 """
 
 import argparse
@@ -21,7 +20,6 @@ DIMS = (1, 2, 3)  # of an image, in (B, C, H, W)
 
 
 def fail(message):
-    """For what the user can put right: one line and exit code 2, no traceback."""
     print(f"bits_per_dim.py: {' '.join(str(message).split())[:300]}", file=sys.stderr)
     sys.exit(2)
 
@@ -87,6 +85,8 @@ def main(argv=None):
     parser.add_argument("-n", type=int, default=1000, help="test images (%(default)s)")
     parser.add_argument("--unconditional", action="store_true", help="tell no class, no prompt")
     args = parser.parse_args(argv)
+    if args.n < 2:
+        fail("-n: a standard error wants two images")
     try:
         state = torch.load(args.checkpoint, "cpu", weights_only=True)
         script = importlib.import_module(state["config"]["script"])

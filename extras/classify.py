@@ -109,14 +109,14 @@ def main():
             train, test, names = common.load_data(name, args.data_dir, size, channels, DEVICE)
             some = torch.randperm(len(test[0]), generator=torch.manual_seed(0))[: len(images)]
             judge = args.judge or Path(args.data_dir, f"judge_{name.lower()}.pt")
-            if not judge.exists():
-                model, features = fit(*train, len(names))
-                torch.save({"model": model.state_dict(), "train": features}, judge)
-            state = torch.load(judge, DEVICE, weights_only=True)
-            model = network(images.shape[1], len(names)).eval()
-            model.load_state_dict(state["model"])
+            state = torch.load(judge, DEVICE, weights_only=True) if judge.exists() else {}
+            model = network(channels, len(names)).eval()
+            model.load_state_dict(state.get("model", model.state_dict()))
         except Exception as error:  # of many kinds, for a file can be damaged in many ways
             parser.error(f"{source}, its data or its classifier cannot be read: {error!r:.200}")
+        if not state:
+            model, state["train"] = fit(*train, len(names))
+            torch.save({"model": model.state_dict(), "train": state["train"]}, judge)
         asked = torch.tensor([int(k) for file in files for k in re.findall(r"-(\d+)$", file.stem)])
         report(source, model, images, asked, state["train"], names)
         report("as many real ones", model, test[0][some], test[1][some], state["train"], names)

@@ -1,7 +1,7 @@
-"""LoRA (Hu et al. 2021, 2106.09685): a few images change what a network draws, by a small file.
+"""LoRA (Hu et al. 2021, 2106.09685): a few images change what a network draws.
+They are your own, in typed/train/<class>/, or typed digits, of `lora.py --make-typed typed`. Then:
 
-python extras/lora.py --make-typed typed  # a hundred typed digits, to try it with
-python extras/lora.py checkpoints/ddim_unet_mnist.pt --data-dir typed --out typed.pt
+    python extras/lora.py checkpoints/ddim_unet_mnist.pt --data-dir typed --out typed.pt
 """
 
 import argparse
@@ -21,27 +21,24 @@ from common import batch, load_data
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def fail(message):
+def fail(message):  # for what the user can put right: one line and exit code 2, no traceback
     print(f"lora.py: {' '.join(str(message).split())[:300]}", file=sys.stderr)
     sys.exit(2)
 
 
-class LoRA(nn.Module):  # weight (m, ...) -> weight + B A, by A (rank, n) and B (m, rank)
-    def __init__(self, weight, rank):
-        super().__init__()
-        self.a = nn.Linear(weight[0].numel(), rank, bias=False, device=weight.device)
-        self.b = nn.Parameter(weight.new_zeros(len(weight), rank))  # so that B A = 0 at first
-
+class LoRA(nn.Sequential):  # of A (rank, n) and B (m, rank): weight (m, ...) -> weight + B A
     def forward(self, weight):
-        return weight + (self.b @ self.a.weight).view_as(weight)
+        return weight + (self[1].weight @ self[0].weight).view_as(weight)
 
 
 def add_lora(model, rank):
-    """Freeze a model, and add B A to all its linear and convolutional weights (eq. 3)."""
+    """Freeze a model, and add B A to the weight of each linear and convolutional layer (eq. 3)."""
     model.requires_grad_(False)
-    for layer in list(model.modules()):
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            nn.utils.parametrize.register_parametrization(layer, "weight", LoRA(layer.weight, rank))
+    for layer in [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]:
+        a = nn.Linear(layer.weight[0].numel(), rank, bias=False)
+        b = nn.Linear(rank, len(layer.weight), bias=False)
+        nn.init.zeros_(b.weight)  # nothing changes at first
+        nn.utils.parametrize.register_parametrization(layer, "weight", LoRA(a, b).to(DEVICE))
 
 
 def train(script, model, known, args):
@@ -75,8 +72,11 @@ def train(script, model, known, args):
 
 
 def make_typed(folder):
-    """Write the digits of Pillow's own face, regular and bold, in five slants: ten of a kind."""
-    face = ImageFont.load_default(224)  # eight times the size, for smooth edges
+    """Write digits of DejaVu Serif, or Pillow's own face, regular and bold, in five slants."""
+    try:
+        face = ImageFont.truetype("DejaVuSerif.ttf", 218)  # eight times the size: smooth edges
+    except OSError:
+        face = ImageFont.load_default(224)
     for i in range(100):
         digit, bold, slant = i // 10, i // 5 % 2, 0.15 * (i % 5 - 2)
         image = Image.new("L", (224, 224))
