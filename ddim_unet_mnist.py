@@ -120,7 +120,7 @@ def captions(x0, y, ink, paper, u):
     return words.gather(1, gaps_last)
 
 
-# ---- The network: the UNet of ddpm_unet_mnist.py, whose attention is to the prompt instead
+# ---- The network: a UNet as in ddpm_unet_mnist.py, that pays attention to the prompt
 
 
 def timestep_embedding(t, dim):
@@ -612,7 +612,7 @@ def make_parser():
         "--prompt", nargs="+", action="extend", default=[], help='"thin red 7 on white", a row each'
     )
     add("--classes", type=int, nargs="+", default=[], help="digits to draw, else all of them")
-    add("--guidance", type=within(0, 1e3), default=2.0, help="1 is none, more obeys prompts more")
+    add("--guidance", type=within(0, 1e3), default=3.0, help="1 is none, more obeys prompts more")
     add("--interpolate", action="store_true", help="in each row, from one noise to another")
     add("--invert", help="an image: find its noise, under the first prompt, and redraw it")
     add("-n", "--n", type=count, default=80, help="how many images")

@@ -39,7 +39,7 @@ MEANING["predicts"] = "noise"
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes, by torchrun; without it there is one
 RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
 
-# ---- The network: a UNet (Ho et al. 2020, appendix B), slimmed to one block per level and side
+# ---- The network: a UNet (Ho et al. 2020, appendix B), slimmed, and without attention
 
 
 def timestep_embedding(t, dim):
@@ -59,25 +59,10 @@ def zero(layer):  # a block starts as the identity, and so a deep stack of them 
     return layer
 
 
-class Attention(nn.Module):  # of every pixel to all pixels, in heads of 32 channels
-    def __init__(self, dim):
-        super().__init__()
-        self.heads = dim // 32
-        self.norm = norm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = zero(nn.Linear(dim, dim))
-
-    def forward(self, x):  # (B, C, H, W) -> (B, C, H, W)
-        pixels = rearrange(self.norm(x), "b c h w -> b (h w) c")
-        q, k, v = rearrange(self.qkv(pixels), "b n (k h d) -> k b h n d", k=3, h=self.heads)
-        pixels = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
-        return x + rearrange(self.out(pixels), "b (h w) c -> b c h w", h=x.shape[2])
-
-
 class Block(nn.Module):
     """Norm, SiLU, convolution, twice, with the time added in between and a shortcut around."""
 
-    def __init__(self, dim_in, dim, dim_time, attention=False):
+    def __init__(self, dim_in, dim, dim_time):
         super().__init__()
         self.norm1 = norm(dim_in)
         self.conv1 = nn.Conv2d(dim_in, dim, 3, padding=1)
@@ -85,30 +70,27 @@ class Block(nn.Module):
         self.norm2 = norm(dim)
         self.conv2 = zero(nn.Conv2d(dim, dim, 3, padding=1))
         self.shortcut = nn.Conv2d(dim_in, dim, 1) if dim_in != dim else nn.Identity()
-        self.attention = Attention(dim) if attention else nn.Identity()
 
     def forward(self, x, time):  # (B, dim_in, H, W), (B, dim_time) -> (B, dim, H, W)
         h = self.conv1(F.silu(self.norm1(x))) + self.time(time)[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.attention(self.shortcut(x) + h)
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
 
 class UNet(nn.Module):
     """x_t (B, C, H, W), t (B,) -> the noise in x_t. Raises ValueError for another image size."""
 
-    def __init__(self, dim=64, schedule="linear"):
+    def __init__(self, dim=32, schedule="linear"):
         super().__init__()
         self.dim = dim
         self.schedule = schedule  # its name, so that whoever has the weights knows what t means
         self.time = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, 4 * dim))
         self.stem = nn.Conv2d(CHANNELS, dim, 3, padding=1)
-        levels = [(dim, False), (2 * dim, False), (2 * dim, True)]  # channels; attention at 7 x 7
-        between = [(dim, 2 * dim), (2 * dim, 2 * dim)]
-        self.down = nn.ModuleList(Block(d, d, 4 * dim, attention) for d, attention in levels)
-        self.shrink = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in between)
-        self.middle = nn.ModuleList(Block(2 * dim, 2 * dim, 4 * dim, a) for a in (True, False))
-        self.up = nn.ModuleList(Block(2 * d, d, 4 * dim, attention) for d, attention in levels)
-        self.grow = nn.ModuleList(nn.Conv2d(b, a, 3, padding=1) for a, b in between)
+        levels = [dim, 2 * dim, 4 * dim]  # channels, at 28 x 28, 14 x 14 and 7 x 7 pixels
+        self.down = nn.ModuleList(Block(d, d, 4 * dim) for d in levels)
+        self.shrink = nn.ModuleList(nn.Conv2d(d, 2 * d, 3, stride=2, padding=1) for d in levels[:2])
+        self.middle = nn.ModuleList(Block(4 * dim, 4 * dim, 4 * dim) for _ in range(2))
+        self.up = nn.ModuleList(Block(2 * d, d, 4 * dim) for d in levels)
+        self.grow = nn.ModuleList(nn.Conv2d(2 * d, d, 3, padding=1) for d in levels[:2])
         last = zero(nn.Conv2d(dim, CHANNELS, 3, padding=1))
         self.head = nn.Sequential(norm(dim), nn.SiLU(), last)
         self.to(memory_format=torch.channels_last)
@@ -316,6 +298,26 @@ def write(model, args, out, n):
 # ---- Training
 
 
+class Muon(torch.optim.Optimizer):
+    """Orthogonal momentum (kellerjordan.github.io/posts/muon). PyTorch's is in bfloat16 only."""
+
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[0]
+        for w in group["params"]:
+            momentum = self.state[w].setdefault("momentum", torch.zeros_like(w))
+            momentum.lerp_(w.grad, 0.05)
+            x = w.grad.lerp(momentum, 0.95).reshape(len(w), -1)  # Nesterov's
+            x = x / (x.norm() + 1e-7)
+            tall = len(x) > x.shape[1]
+            x = x.mT if tall else x
+            for _ in range(5):  # Newton-Schulz steps, towards singular values that are all 1
+                gram = x @ x.mT
+                x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+            x = x.mT if tall else x
+            w.sub_(x.view_as(w), alpha=0.2 * group["lr"] * math.sqrt(max(x.shape)))  # 2502.16982
+
+
 def learning_rate(step, args):
     """Warm up, fall with 1 / sqrt(step), and go in a line to 0 over the last fifth of the run."""
     lr = args.lr * min(step / args.warmup, math.sqrt(args.warmup / step))
@@ -339,7 +341,7 @@ def train(args, state, device):
     ema = copy.deepcopy(model).requires_grad_(False)
     averages = list(ema.parameters())
     weights = [w.detach() for w in model.parameters()]
-    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=device.type != "mps")
+    optimizer = Muon(model.parameters(), {"lr": args.lr})
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
     header = "step,images,loss,val_loss,lr,grad_norm,images_per_s,seconds"
     progress = {"step": 0, "images": 0, "seconds": 0.0, "log": [header]}
@@ -373,9 +375,9 @@ def train(args, state, device):
         value.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         lr = learning_rate(step, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
+        optimizer.param_groups[0]["lr"] = lr
+        with autocast:  # for the products in Muon
+            optimizer.step()
         optimizer.zero_grad()
         progress["step"] = step
         progress["images"] += args.batch_size
@@ -457,9 +459,9 @@ def make_parser():
     add("--run-dir", default=f"runs/{NAME}", help="for ckpt.pt, log.csv and samples")
     add("--resume", action="store_true", help="continue the run in --run-dir, with its flags")
     add("--batch-size", type=count, default=64, help="images, over all processes")
-    add("--max-steps", type=count, default=20000, help="to train in all")
-    add("--lr", type=within(0, 10), default=1e-3, help="the highest learning rate")
-    add("--warmup", type=count, default=1000, help="steps up to it")
+    add("--max-steps", type=count, default=15000, help="to train in all")
+    add("--lr", type=within(0, 10), default=4e-3, help="the highest learning rate")
+    add("--warmup", type=count, default=500, help="steps up to it")
     add("--ema", type=count, default=50000, help="half-life of averaged weights, in images")
     add("--log-every", type=count, default=100, help="steps")
     add("--save-every", type=count, default=500, help="steps")
@@ -467,7 +469,7 @@ def make_parser():
     add("--seed", type=within(0, 2**31, int), default=0, help="of the training, or of the images")
 
     add = parser.add_argument_group("network, and machine (which --resume forgets)").add_argument
-    add("--dim", type=int, choices=[16, 32, 48, 64, 96, 128], default=64, help="channels")
+    add("--dim", type=int, choices=[16, 32, 48, 64, 96, 128], default=32, help="channels")
     device = "cuda" if cuda else "mps" if mps else "cpu"
     add("--device", choices=sorted({device, "cpu"}), default=device, help="where to compute")
     dtype = "bfloat16" if cuda else "float32"

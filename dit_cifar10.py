@@ -112,9 +112,10 @@ class DiT(nn.Module):
         self.head = nn.Linear(dim, CHANNELS * patch**2)
 
         nn.init.normal_(self.label.weight, std=0.02)
-        for layer in [self.head, self.modulation, *(block.modulation for block in self.blocks)]:
-            nn.init.zeros_(layer.weight)  # all gates shut: every block starts as the identity
-            nn.init.zeros_(layer.bias)
+        for name, layer in self.named_modules():
+            if name.endswith(("modulation", "head")):
+                nn.init.zeros_(layer.weight)  # all gates shut: every block starts as the identity
+                nn.init.zeros_(layer.bias)
 
     def forward(self, x, t, y=None):
         if x.shape[1:] != (CHANNELS, SIZE, SIZE):
@@ -127,8 +128,7 @@ class DiT(nn.Module):
         x = x + self.positions  # (B, N, D)
         for block in self.blocks:
             x = block(x, c)
-        modulation = self.modulation(c).float()[:, None]
-        shift, scale = modulation.chunk(2, dim=-1)
+        shift, scale = self.modulation(c).float()[:, None].chunk(2, dim=-1)
         x = self.head(self.norm(x) * (1 + scale) + shift).float()
         return rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", h=self.side, p=p, q=p)
 
@@ -361,15 +361,15 @@ class Muon(torch.optim.Optimizer):
         for w in group["params"]:
             momentum = self.state[w].setdefault("momentum", torch.zeros_like(w))
             momentum.lerp_(w.grad, 0.05)
-            x = w.grad.lerp(momentum, 0.95)  # Nesterov's
-            x = x / x.norm().clamp(min=1e-7)
+            x = w.grad.lerp(momentum, 0.95).reshape(len(w), -1)  # Nesterov's
+            x = x / (x.norm() + 1e-7)
             tall = len(x) > x.shape[1]
             x = x.mT if tall else x
             for _ in range(5):  # Newton-Schulz steps, towards singular values that are all 1
                 gram = x @ x.mT
                 x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
             x = x.mT if tall else x
-            w.sub_(x, alpha=0.2 * group["lr"] * math.sqrt(max(w.shape)))  # Adam's size (2502.16982)
+            w.sub_(x.view_as(w), alpha=0.2 * group["lr"] * math.sqrt(max(x.shape)))  # 2502.16982
 
 
 def make_optimizers(model, lr):

@@ -358,15 +358,15 @@ class Muon(torch.optim.Optimizer):
         for w in group["params"]:
             momentum = self.state[w].setdefault("momentum", torch.zeros_like(w))
             momentum.lerp_(w.grad, 0.05)
-            x = w.grad.lerp(momentum, 0.95)  # Nesterov's
-            x = x / x.norm().clamp(min=1e-7)
+            x = w.grad.lerp(momentum, 0.95).reshape(len(w), -1)  # Nesterov's
+            x = x / (x.norm() + 1e-7)
             tall = len(x) > x.shape[1]
             x = x.mT if tall else x
             for _ in range(5):  # Newton-Schulz steps, towards singular values that are all 1
                 gram = x @ x.mT
                 x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
             x = x.mT if tall else x
-            w.sub_(x, alpha=0.2 * group["lr"] * math.sqrt(max(w.shape)))  # Adam's size (2502.16982)
+            w.sub_(x.view_as(w), alpha=0.2 * group["lr"] * math.sqrt(max(x.shape)))  # 2502.16982
 
 
 def make_optimizers(model, lr):

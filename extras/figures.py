@@ -17,7 +17,7 @@ TIMES = [0, 25, 50, 100, 150, 200, 250, 300, 400, 500, 700, 999]
 PROMPTS = [
     "a thick red seven leaning left on blue",
     "a white eight on red",
-    "green 4 leaning right",
+    "a green 4 leaning right on white",
 ]
 PROMPTS += ["a thin blue 3 on yellow", "a thick black 2 on orange", "purple five", "9 on green", ""]
 

@@ -33,8 +33,8 @@ def list_networks(what, depth, patch):
     if what == "unet":
         peer = {"sample_size": 28, "in_channels": 1, "out_channels": 1, "num_class_embeds": 10}
         peer |= {"block_out_channels": (32, 64, 128), "norm_num_groups": 8}
-        peer |= {"down_block_types": ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"]}
-        peer |= {"up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"]}
+        peer |= {"down_block_types": 3 * ["DownBlock2D"], "up_block_types": 3 * ["UpBlock2D"]}
+        peer |= {"add_attention": False}  # as ours has none; lucidrains' cannot do without
         lucid = {"dim": 32, "dim_mults": (1, 2, 4), "channels": 1}
         ours = [("ddpm_unet_mnist", "UNet", {})]
         peers = [("diffusers", "UNet2DModel", peer), ("denoising_diffusion_pytorch", "Unet", lucid)]
