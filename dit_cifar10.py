@@ -358,7 +358,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         group = self.param_groups[0]
-        for w in group["params"]:
+        for w in group["params"]:  # 0.2 and sqrt below: for steps of Adam's size (2502.16982)
             momentum = self.state[w].setdefault("momentum", torch.zeros_like(w))
             momentum.lerp_(w.grad, 0.05)
             x = w.grad.lerp(momentum, 0.95).reshape(len(w), -1)  # Nesterov's
@@ -369,7 +369,7 @@ class Muon(torch.optim.Optimizer):
                 gram = x @ x.mT
                 x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
             x = x.mT if tall else x
-            w.sub_(x.view_as(w), alpha=0.2 * group["lr"] * math.sqrt(max(x.shape)))  # 2502.16982
+            w.sub_(x.view_as(w), alpha=0.2 * group["lr"] * math.sqrt(max(x.shape)))
 
 
 def make_optimizers(model, lr):
