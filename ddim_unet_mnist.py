@@ -120,7 +120,7 @@ def captions(x0, y, ink, paper, u):
     return words.gather(1, gaps_last)
 
 
-# ---- The network: a UNet as in ddpm_unet_mnist.py, that pays attention to the prompt
+# ---- The network: a UNet much as in ddpm_unet_mnist.py, that pays attention to the prompt
 
 
 def timestep_embedding(t, dim):

@@ -1,6 +1,6 @@
 """Denoising diffusion probabilistic models (Ho et al. 2020, arXiv 2006.11239) on MNIST.
 
-A network learns to tell the noise in a noisy digit. From noise alone, it then takes noise away.
+A network learns to tell the noise in a noisy digit. Pure noise becomes a digit as it is removed.
 
     python ddpm_unet_mnist.py --sample-only                      # draw from the run, or as shipped
     python ddpm_unet_mnist.py --data-dir data                    # fetch MNIST, train, draw
@@ -79,7 +79,7 @@ class Block(nn.Module):
 class UNet(nn.Module):
     """x_t (B, C, H, W), t (B,) -> the noise in x_t. Raises ValueError for another image size."""
 
-    def __init__(self, dim=32, schedule="linear"):
+    def __init__(self, dim=32, schedule="cosine"):
         super().__init__()
         self.dim = dim
         self.schedule = schedule  # its name, so that whoever has the weights knows what t means
@@ -88,7 +88,7 @@ class UNet(nn.Module):
         levels = [dim, 2 * dim, 4 * dim]  # channels, at 28 x 28, 14 x 14 and 7 x 7 pixels
         self.down = nn.ModuleList(Block(d, d, 4 * dim) for d in levels)
         self.shrink = nn.ModuleList(nn.Conv2d(d, 2 * d, 3, stride=2, padding=1) for d in levels[:2])
-        self.middle = nn.ModuleList(Block(4 * dim, 4 * dim, 4 * dim) for _ in range(2))
+        self.middle = nn.ModuleList(Block(4 * dim, 4 * dim, 4 * dim) for _ in range(6))
         self.up = nn.ModuleList(Block(2 * d, d, 4 * dim) for d in levels)
         self.grow = nn.ModuleList(nn.Conv2d(2 * d, d, 3, padding=1) for d in levels[:2])
         last = zero(nn.Conv2d(dim, CHANNELS, 3, padding=1))
@@ -112,17 +112,16 @@ class UNet(nn.Module):
             h = self.up[level](torch.cat([h, skips[level]], dim=1), time)
             if level > 0:
                 h = self.grow[level - 1](F.interpolate(h, scale_factor=2.0))
-        return self.head(h).float()
+        return x + self.head(h).float()  # the head corrects a first guess: all of x is noise
 
 
 # ---- Diffusion: the loss, the denoiser, and the samplers, which know of no network
 
 
-def schedule(device="cpu", name="linear"):
+def schedule(device="cpu", name="cosine"):
     """alphas_cumprod (T,): the share of the image's variance that is left at each time.
 
-    "flow" is rectified flow (Liu et al. 2022, 2209.03003): its (1 - u) x0 + u noise, divided by its
-    length, is x_t, and ddim_sample walks its straight paths by Euler's method, step for step.
+    "linear" is the paper's, "flow" rectified flow's (2209.03003), where ddim is Euler's method.
     """
     from common import alpha_bar, cosine_betas, linear_betas  # here: the rest needs no common.py
 
@@ -134,10 +133,11 @@ def schedule(device="cpu", name="linear"):
 
 
 def loss(model, x0, y, t, noise, alphas_cumprod):
-    """Ho et al. 2020, algorithm 1: x0, noise (B, C, H, W), t (B,) -> a scalar, eq. 14."""
+    """Ho et al. 2020, algorithm 1, but weighted: x0, noise (B, C, H, W), y, t (B,) -> a scalar."""
     a = alphas_cumprod[t][:, None, None, None]
     x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise  # eq. 4
-    return F.mse_loss(model(x_t, t, y), noise)
+    weight = 1 / a.clamp(min=0.03)  # 1 / a: the error of v (2202.00512), but a nears 0
+    return (weight * (model(x_t, t, y) - noise).square()).mean()
 
 
 def denoiser(model, alphas_cumprod, y=None):
@@ -454,12 +454,12 @@ def make_parser():
     add("--out", default="samples.png", help="x.png a grid, x.gif the way to it, x/ a file each")
 
     add = parser.add_argument_group("training").add_argument
-    add("--schedule", choices=["linear", "cosine", "flow"], default="linear", help="of noise")
+    add("--schedule", choices=["linear", "cosine", "flow"], default="cosine", help="linear: Ho's")
     add("--data-dir", default="data", help="MNIST, or your own images in train/<class>/")
     add("--run-dir", default=f"runs/{NAME}", help="for ckpt.pt, log.csv and samples")
     add("--resume", action="store_true", help="continue the run in --run-dir, with its flags")
-    add("--batch-size", type=count, default=64, help="images, over all processes")
-    add("--max-steps", type=count, default=15000, help="to train in all")
+    add("--batch-size", type=count, default=128, help="images, over all processes")
+    add("--max-steps", type=count, default=9000, help="to train in all")
     add("--lr", type=within(0, 10), default=4e-3, help="the highest learning rate")
     add("--warmup", type=count, default=500, help="steps up to it")
     add("--ema", type=count, default=50000, help="half-life of averaged weights, in images")

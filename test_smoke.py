@@ -322,24 +322,24 @@ def test_inversion_returns():
         errors.append((again - x0).abs().max())
         assert (noise - (x0 - MEAN) / STD).abs().max() < 5 / steps  # the ODE keeps the quantiles
     assert errors[0] < 0.2
-    assert errors[1] < 0.55 * errors[0]
-    assert errors[2] < 0.55 * errors[1]
+    assert errors[2] < 0.55 * errors[1] < 0.55**2 * errors[0]
 
 
 def test_what_the_loss_asks_for_is_what_the_denoiser_takes(script):
     """The noise in ddpm, v elsewhere; x0 is clipped, and x_t is not."""
     a, t = script.schedule(), torch.tensor([0, 20, 500, 900])
-    assert torch.equal(a, LINEAR if script is ddpm else COSINE)
+    assert a.equal(COSINE)
     alpha, sigma = [share.sqrt().view(4, 1, 1, 1) for share in (a[t], 1 - a[t])]
     x0 = random_images(4, 1, 2, 2) / 127.5 - 1
-    noise = torch.randn(4, 1, 2, 2)
+    noise = torch.randn_like(x0)
     x_t = alpha * x0 + sigma * noise
     answer = noise if script is ddpm else alpha * noise - sigma * x0
     perfect = mock.Mock(return_value=answer)
     assert script.loss(perfect, x0, None, t, noise, a) == 0
     torch.testing.assert_close(perfect.call_args.args[0], x_t)
     wrong = mock.Mock(return_value=answer + 1)
-    assert 0.1 < script.loss(wrong, x0, None, t, noise, a) < 1.001
+    weight = 9.34 if script is ddpm else 1  # the mean of 1.00, 1.00, 2.03 and 33.33
+    assert script.loss(wrong, x0, None, t, noise, a) == pytest.approx(weight, 1e-3)
     denoise = script.denoiser(perfect, a)
     torch.testing.assert_close(denoise(x_t, t), x0, atol=1e-4, rtol=0)
     assert denoise(x_t + 9, t).max() == 1
@@ -393,7 +393,7 @@ def test_the_network_minds_y_and_nothing_in_particular_is_the_default(script):
 def test_zero_start_and_parameter_counts_of_the_papers():
     for script in (ddpm, ddim, dit):
         x = torch.randn(2, script.CHANNELS, script.SIZE, script.SIZE)
-        assert not NETWORKS[script]()(x, torch.tensor([3, 500])).any()
+        assert NETWORKS[script]()(x, torch.tensor([3, 500])).equal(x * (script is ddpm))
     x, c = torch.randn(2, 16, 16), torch.randn(2, 16)
     assert torch.equal(dit.DiT(16, 2, 2, 8).blocks[1](x, c), x)  # adaLN-Zero: all gates are shut
     for net, count in ((dit.DiT(384, 12, 6, 2), 32.48e6), (uvit.UViT(512, 12, 8, 2), 44.26e6)):

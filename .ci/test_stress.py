@@ -208,7 +208,7 @@ def test_torchrun_restarts(monkeypatch):
     assert whole["step"] == 300
     assert_same(killed, whole)
     process = start(launcher + FLAGS + "--run-dir whole --max-steps 400")
-    assert "whole is there already" in process.communicate()[1]
+    assert "whole holds a run" in process.communicate()[1]
     assert load("whole")[0]["step"] == 300
 
 

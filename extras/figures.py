@@ -37,8 +37,8 @@ def forward_and_reverse(args):
         x0 = load_data(ddpm.DATA, args.data_dir, ddpm.SIZE, 1)[0][0][:4] / 127.5 - 1
     except (OSError, ValueError) as error:
         fail(f"--data-dir {args.data_dir}: {error}")
-    alphas_cumprod = ddpm.schedule()
     model = ddpm.load(HOME / "checkpoints/ddpm_unet_mnist.pt")[0]
+    alphas_cumprod = ddpm.schedule(name=model.schedule)
     torch.manual_seed(0)
     noise, x = torch.randn(2, *x0.shape)
     a = alphas_cumprod[TIMES].view(-1, 1, 1, 1, 1)
