@@ -119,16 +119,13 @@ class UNet(nn.Module):
 
 
 def schedule(device="cpu", name="cosine"):
-    """alphas_cumprod (T,): the share of the image's variance that is left at each time.
-
-    "linear" is the paper's, "flow" rectified flow's (2209.03003), where ddim is Euler's method.
-    """
+    """alphas_cumprod (T,): the share of the image's variance that is left at each time."""
     from common import alpha_bar, cosine_betas, linear_betas  # here: the rest needs no common.py
 
-    if name == "flow":
+    if name == "flow":  # rectified flow's (2209.03003), where ddim is Euler's method
         u = torch.arange(1, T + 1, device=device) / (T + 1)
         return (1 - u) ** 2 / ((1 - u) ** 2 + u**2)
-    betas = {"linear": linear_betas, "cosine": cosine_betas}[name]
+    betas = {"linear": linear_betas, "cosine": cosine_betas}[name]  # linear is the paper's
     return alpha_bar(betas(T)).to(device)
 
 
@@ -369,7 +366,9 @@ def train(args, state, device):
 
     recent, start = [], time.perf_counter()
     for step in range(progress["step"] + 1, args.max_steps + 1):
-        x0, y, t, noise, _ = batch(*train_set, T, args.batch_size, args.seed, step, RANK, WORLD)
+        x0, y, t, noise, u = batch(*train_set, T, args.batch_size, args.seed, step, RANK, WORLD)
+        # the later of two times, with more noise: what digit it becomes is decided there
+        t = t.maximum((T * u[:, 0]).long())
         with autocast:
             value = loss(net, x0, y, t, noise, alphas_cumprod)
         value.backward()

@@ -1,7 +1,6 @@
 """The promises, checked on a CPU: python -m pytest -q test_smoke.py
 
-What the scripts have in common is tested once, and the last test holds it to be the same in all.
-"""
+What scripts have in common is tested once, and the last test holds it to be the same in all."""
 
 import contextlib
 import csv
@@ -212,7 +211,6 @@ def test_a_batch_is_a_function_of_seed_and_step():
 
 
 # ---- Samplers, where the best denoiser is known: for data N(mean, std^2) it is linear in x_t
-
 MEAN, STD = 0.4, 0.5
 
 
@@ -499,6 +497,8 @@ def test_what_a_step_is_trained_on_and_what_is_validated(script, monkeypatch):
         elif script in TRANSFORMERS and args is trained:
             y = torch.where(u[:, 0] < 0.1, 8, y)  # a tenth has the null class
             x0 = torch.where(u[:, 1, None, None, None] < 0.5, x0.flip(-1), x0)  # half are mirrored
+        elif args is trained:
+            t = t.maximum((1000 * u[:, 0]).long())
         for given, expected in zip(args[1:], (x0, y, t, noise, script.schedule()), strict=True):
             assert torch.equal(given, expected)
     state, (row,) = load("run")
@@ -830,7 +830,7 @@ OWN = {  # what is each script's own, and may differ
 ALIKE = "load draw write train check main"  # the same, but for lines with one of these in them:
 WORDS = """Net( DiT( optimizer Muon batch( illustrate( mirrored names) ["names"] digits classes
 tokens prompt write( draw( next( denoiser( rows round( shape invert interpolate SAMPLERS[ loss(net
-args.d args.ckpt .png else: group[ schedule("""
+args.d args.ckpt .png else: group[ schedule( maximum( decided"""
 
 
 def source(script, name, alike):
