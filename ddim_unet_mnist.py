@@ -18,6 +18,7 @@ import sys
 import time
 import zipfile
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -269,7 +270,7 @@ def denoiser(model, alphas_cumprod, y=None, guidance=1.0):
 def timestep_pairs(T, steps):
     """[(t, t_next), ..]: equal strides from T - 1 to -1, the clean image (2305.08891, table 2)."""
     ts = [round(T * i / steps) - 1 for i in range(steps, -1, -1)]
-    return list(zip(ts[:-1], ts[1:], strict=True))
+    return list(pairwise(ts))
 
 
 def ddpm_sample(denoise, x, alphas_cumprod, steps=1000, randn=torch.randn_like):
@@ -280,7 +281,7 @@ def ddpm_sample(denoise, x, alphas_cumprod, steps=1000, randn=torch.randn_like):
     alpha_bar = [*alphas_cumprod.tolist(), 1.0]  # at -1 the clean image's: not alphas_cumprod[-1]
     for t, t_next in timestep_pairs(len(alphas_cumprod), steps):
         a, a_next = alpha_bar[t], alpha_bar[t_next]
-        x0 = denoise(x, torch.full((len(x),), t, device=x.device))
+        x0 = denoise(x, torch.full(x.shape[:1], t, device=x.device))
         beta = 1 - a / a_next
         shrink = (1 - a_next) / (1 - a)
         x = math.sqrt(a_next) * beta / (1 - a) * x0 + math.sqrt(1 - beta) * shrink * x  # eq. 7
@@ -294,7 +295,7 @@ def ddim_sample(denoise, x, alphas_cumprod, steps=50, eta=0.0, randn=torch.randn
     alpha_bar = [*alphas_cumprod.tolist(), 1.0]
     for t, t_next in timestep_pairs(len(alphas_cumprod), steps):
         a, a_next = alpha_bar[t], alpha_bar[t_next]
-        x0 = denoise(x, torch.full((len(x),), t, device=x.device))
+        x0 = denoise(x, torch.full(x.shape[:1], t, device=x.device))
         eps = (x - math.sqrt(a) * x0) / math.sqrt(1 - a)
         sigma = eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))  # eq. 16
         x = math.sqrt(a_next) * x0 + math.sqrt(1 - a_next - sigma**2) * eps
@@ -310,7 +311,7 @@ def ddim_invert(denoise, x0, alphas_cumprod, steps=50):
     for t_next, t in reversed(timestep_pairs(len(alphas_cumprod), steps)):
         t = max(t, 0)  # no network knows t = -1: the image stands in for x at t = 0
         a, a_next = alpha_bar[t], alpha_bar[t_next]
-        x0 = denoise(x, torch.full((len(x),), t, device=x.device))
+        x0 = denoise(x, torch.full(x.shape[:1], t, device=x.device))
         eps = (x - math.sqrt(a) * x0) / math.sqrt(1 - a)
         x = math.sqrt(a_next) * x0 + math.sqrt(1 - a_next) * eps
     return x
@@ -421,9 +422,7 @@ def picture(images, rows=1):
 def write(model, args, prompts, out, n):
     """Draw n images. x.png is a grid, a row per prompt, x.gif the way to it, x/ a file each."""
     looks = min(50, args.steps) if out.endswith(".gif") else 1
-    index = range(RANK, n, WORLD)  # every process draws its share
-    if not out.endswith("/"):
-        index = range(n if RANK == 0 else 0)
+    index = range(RANK, n, WORLD) if out.endswith("/") else range(n)  # of files, each its share
     tokens = [tokenize(prompt) for prompt in prompts]
     drawn = []
     for start in range(0, len(index), args.batch_size):
@@ -435,7 +434,7 @@ def write(model, args, prompts, out, n):
                 prompt = prompts[i % len(prompts)].replace(" ", "-")
                 with replacing(f"{out}{i:06d}-{prompt}".rstrip("-") + ".png") as path:
                     picture(image[None]).save(path, "PNG")
-    if drawn:
+    if drawn and RANK == 0:
         rows = len(prompts) if 1 < len(prompts) < n or args.interpolate else round(math.sqrt(n))
         first, *rest = [picture(images, rows) for images in torch.cat(drawn, dim=1)]
         moving = {"save_all": True, "append_images": rest, "duration": 60, "loop": 0}
@@ -549,8 +548,7 @@ def train(args, state, device):
             if WORLD > 1:
                 dist.all_reduce(mean)
             train_loss, grad_norm = (mean / WORLD).tolist()
-            norms = torch.stack(torch._foreach_norm(weights))
-            if not math.isfinite(train_loss + grad_norm + norms.sum().item()):
+            if not math.isfinite(train_loss + grad_norm + sum(torch._foreach_norm(weights))):
                 fail(f"loss or weights not finite at step {step}: --resume with a lower --lr")
             val_loss = math.nan
             if test_set:

@@ -16,6 +16,7 @@ import sys
 import time
 import zipfile
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -150,7 +151,7 @@ def denoiser(model, alphas_cumprod, y=None):
 def timestep_pairs(T, steps):
     """[(t, t_next), ..]: equal strides from T - 1 to -1, the clean image (2305.08891, table 2)."""
     ts = [round(T * i / steps) - 1 for i in range(steps, -1, -1)]
-    return list(zip(ts[:-1], ts[1:], strict=True))
+    return list(pairwise(ts))
 
 
 def ddpm_sample(denoise, x, alphas_cumprod, steps=1000, randn=torch.randn_like):
@@ -161,7 +162,7 @@ def ddpm_sample(denoise, x, alphas_cumprod, steps=1000, randn=torch.randn_like):
     alpha_bar = [*alphas_cumprod.tolist(), 1.0]  # at -1 the clean image's: not alphas_cumprod[-1]
     for t, t_next in timestep_pairs(len(alphas_cumprod), steps):
         a, a_next = alpha_bar[t], alpha_bar[t_next]
-        x0 = denoise(x, torch.full((len(x),), t, device=x.device))
+        x0 = denoise(x, torch.full(x.shape[:1], t, device=x.device))
         beta = 1 - a / a_next
         shrink = (1 - a_next) / (1 - a)
         x = math.sqrt(a_next) * beta / (1 - a) * x0 + math.sqrt(1 - beta) * shrink * x  # eq. 7
@@ -175,7 +176,7 @@ def ddim_sample(denoise, x, alphas_cumprod, steps=50, eta=0.0, randn=torch.randn
     alpha_bar = [*alphas_cumprod.tolist(), 1.0]
     for t, t_next in timestep_pairs(len(alphas_cumprod), steps):
         a, a_next = alpha_bar[t], alpha_bar[t_next]
-        x0 = denoise(x, torch.full((len(x),), t, device=x.device))
+        x0 = denoise(x, torch.full(x.shape[:1], t, device=x.device))
         eps = (x - math.sqrt(a) * x0) / math.sqrt(1 - a)
         sigma = eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))  # eq. 16
         x = math.sqrt(a_next) * x0 + math.sqrt(1 - a_next - sigma**2) * eps
@@ -272,9 +273,7 @@ def picture(images, rows=1):
 def write(model, args, out, n):
     """Draw n images. x.png is a grid, x.gif the way to it, x/ a file each."""
     looks = min(50, args.steps) if out.endswith(".gif") else 1
-    index = range(RANK, n, WORLD)  # every process draws its share
-    if not out.endswith("/"):
-        index = range(n if RANK == 0 else 0)
+    index = range(RANK, n, WORLD) if out.endswith("/") else range(n)  # of files, each its share
     drawn = []
     for start in range(0, len(index), args.batch_size):
         part = index[start : start + args.batch_size]
@@ -284,7 +283,7 @@ def write(model, args, out, n):
             for i, image in zip(part, drawn.pop()[0], strict=True):
                 with replacing(f"{out}{i:06d}.png") as path:
                     picture(image[None]).save(path, "PNG")
-    if drawn:
+    if drawn and RANK == 0:
         first, *rest = [picture(images, round(math.sqrt(n))) for images in torch.cat(drawn, dim=1)]
         moving = {"save_all": True, "append_images": rest, "duration": 60, "loop": 0}
         with replacing(out) as path:
@@ -301,18 +300,21 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         group = self.param_groups[0]
-        for w in group["params"]:  # 0.2 and sqrt below: for steps of Adam's size (2502.16982)
-            momentum = self.state[w].setdefault("momentum", torch.zeros_like(w))
-            momentum.lerp_(w.grad, 0.05)
-            x = w.grad.lerp(momentum, 0.95).reshape(len(w), -1)  # Nesterov's
-            x = x / (x.norm() + 1e-7)
-            tall = len(x) > x.shape[1]
+        for shape in {w.shape for w in group["params"]}:  # all of a shape at once: few calls
+            ws = [w for w in group["params"] if w.shape == shape]
+            grads = torch.stack([w.grad.reshape(len(w), -1) for w in ws])
+            momentum = self.state[ws[0]].setdefault("momentum", torch.zeros_like(grads))
+            momentum.lerp_(grads, 0.05)
+            x = F.normalize(grads.lerp(momentum, 0.95), dim=(1, 2))  # Nesterov's
+            tall = x.shape[1] > x.shape[2]
             x = x.mT if tall else x
             for _ in range(5):  # Newton-Schulz steps, towards singular values that are all 1
                 gram = x @ x.mT
-                x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+                gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+                x = torch.baddbmm(x, gram, x, beta=3.4445)
             x = x.mT if tall else x
-            w.sub_(x.view_as(w), alpha=0.2 * group["lr"] * math.sqrt(max(x.shape)))
+            size = 0.2 * group["lr"] * math.sqrt(max(x.shape[1:]))  # as Adam's (2502.16982)
+            torch._foreach_sub_(ws, list(x.reshape(-1, *shape)), alpha=size)
 
 
 def learning_rate(step, args):
@@ -392,8 +394,7 @@ def train(args, state, device):
             if WORLD > 1:
                 dist.all_reduce(mean)
             train_loss, grad_norm = (mean / WORLD).tolist()
-            norms = torch.stack(torch._foreach_norm(weights))
-            if not math.isfinite(train_loss + grad_norm + norms.sum().item()):
+            if not math.isfinite(train_loss + grad_norm + sum(torch._foreach_norm(weights))):
                 fail(f"loss or weights not finite at step {step}: --resume with a lower --lr")
             val_loss = math.nan
             if test_set:

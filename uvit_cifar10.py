@@ -17,6 +17,7 @@ import sys
 import time
 import zipfile
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -177,7 +178,7 @@ def denoiser(model, alphas_cumprod, y=None, guidance=1.0, interval=(0.0, 1.0)):
 def timestep_pairs(T, steps):
     """[(t, t_next), ..]: equal strides from T - 1 to -1, the clean image (2305.08891, table 2)."""
     ts = [round(T * i / steps) - 1 for i in range(steps, -1, -1)]
-    return list(zip(ts[:-1], ts[1:], strict=True))
+    return list(pairwise(ts))
 
 
 def ddpm_sample(denoise, x, alphas_cumprod, steps=1000, randn=torch.randn_like):
@@ -188,7 +189,7 @@ def ddpm_sample(denoise, x, alphas_cumprod, steps=1000, randn=torch.randn_like):
     alpha_bar = [*alphas_cumprod.tolist(), 1.0]  # at -1 the clean image's: not alphas_cumprod[-1]
     for t, t_next in timestep_pairs(len(alphas_cumprod), steps):
         a, a_next = alpha_bar[t], alpha_bar[t_next]
-        x0 = denoise(x, torch.full((len(x),), t, device=x.device))
+        x0 = denoise(x, torch.full(x.shape[:1], t, device=x.device))
         beta = 1 - a / a_next
         shrink = (1 - a_next) / (1 - a)
         x = math.sqrt(a_next) * beta / (1 - a) * x0 + math.sqrt(1 - beta) * shrink * x  # eq. 7
@@ -202,7 +203,7 @@ def ddim_sample(denoise, x, alphas_cumprod, steps=50, eta=0.0, randn=torch.randn
     alpha_bar = [*alphas_cumprod.tolist(), 1.0]
     for t, t_next in timestep_pairs(len(alphas_cumprod), steps):
         a, a_next = alpha_bar[t], alpha_bar[t_next]
-        x0 = denoise(x, torch.full((len(x),), t, device=x.device))
+        x0 = denoise(x, torch.full(x.shape[:1], t, device=x.device))
         eps = (x - math.sqrt(a) * x0) / math.sqrt(1 - a)
         sigma = eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))  # eq. 16
         x = math.sqrt(a_next) * x0 + math.sqrt(1 - a_next - sigma**2) * eps
@@ -220,20 +221,19 @@ def dpm_solver_sample(denoise, x, alphas_cumprod, steps=15, randn=None):
     alpha_bar = alphas_cumprod.cpu().double().clamp(max=1 - 1e-7)
     lambdas = alpha_bar.logit() / 2  # log(alpha / sigma)
     first = max(lambdas[-1], LAMBDA_MIN)
-    last = lambdas[0]
-    targets = torch.linspace(first, last, max(steps, 2))[:steps]
+    targets = torch.linspace(first, lambdas[0], max(steps, 2))[:steps]
     ts = sorted({(lambdas - target).abs().argmin().item() for target in targets}, reverse=True)
     x0_before = h_before = None
-    for t, t_next in zip(ts[:-1], ts[1:], strict=True):
+    for t, t_next in pairwise(ts):
         a, a_next = alpha_bar[t].item(), alpha_bar[t_next].item()
-        x0 = denoise(x, torch.full((len(x),), t, device=x.device))
+        x0 = denoise(x, torch.full(x.shape[:1], t, device=x.device))
         h = (lambdas[t_next] - lambdas[t]).item()
         d = x0
         if x0_before is not None:  # extrapolate from this estimate and the one before
             d = x0 + h / (2 * h_before) * (x0 - x0_before)
         x = math.sqrt((1 - a_next) / (1 - a)) * x - math.sqrt(a_next) * math.expm1(-h) * d
         x0_before, h_before = x0, h
-    return denoise(x, torch.full((len(x),), ts[-1], device=x.device))
+    return denoise(x, torch.full(x.shape[:1], ts[-1], device=x.device))
 
 
 SAMPLERS = {"ddpm": ddpm_sample, "ddim": ddim_sample, "dpm": dpm_solver_sample}
@@ -325,9 +325,7 @@ def picture(images, rows=1):
 def write(model, args, classes, out, n):
     """Draw n images. x.png is a grid, a row per class, x.gif the way to it, x/ a file each."""
     looks = min(50, args.steps) if out.endswith(".gif") else 1
-    index = range(RANK, n, WORLD)  # every process draws its share
-    if not out.endswith("/"):
-        index = range(n if RANK == 0 else 0)
+    index = range(RANK, n, WORLD) if out.endswith("/") else range(n)  # of files, each its share
     drawn = []
     for start in range(0, len(index), args.batch_size):
         part = index[start : start + args.batch_size]
@@ -337,7 +335,7 @@ def write(model, args, classes, out, n):
             for i, image in zip(part, drawn.pop()[0], strict=True):
                 with replacing(f"{out}{i:06d}-{classes[i % len(classes)]}.png") as path:
                     picture(image[None]).save(path, "PNG")
-    if drawn:
+    if drawn and RANK == 0:
         rows = len(classes) if 1 < len(classes) < n else round(math.sqrt(n))
         first, *rest = [picture(images, rows) for images in torch.cat(drawn, dim=1)]
         moving = {"save_all": True, "append_images": rest, "duration": 60, "loop": 0}
@@ -355,18 +353,21 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         group = self.param_groups[0]
-        for w in group["params"]:  # 0.2 and sqrt below: for steps of Adam's size (2502.16982)
-            momentum = self.state[w].setdefault("momentum", torch.zeros_like(w))
-            momentum.lerp_(w.grad, 0.05)
-            x = w.grad.lerp(momentum, 0.95).reshape(len(w), -1)  # Nesterov's
-            x = x / (x.norm() + 1e-7)
-            tall = len(x) > x.shape[1]
+        for shape in {w.shape for w in group["params"]}:  # all of a shape at once: few calls
+            ws = [w for w in group["params"] if w.shape == shape]
+            grads = torch.stack([w.grad.reshape(len(w), -1) for w in ws])
+            momentum = self.state[ws[0]].setdefault("momentum", torch.zeros_like(grads))
+            momentum.lerp_(grads, 0.05)
+            x = F.normalize(grads.lerp(momentum, 0.95), dim=(1, 2))  # Nesterov's
+            tall = x.shape[1] > x.shape[2]
             x = x.mT if tall else x
             for _ in range(5):  # Newton-Schulz steps, towards singular values that are all 1
                 gram = x @ x.mT
-                x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+                gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+                x = torch.baddbmm(x, gram, x, beta=3.4445)
             x = x.mT if tall else x
-            w.sub_(x.view_as(w), alpha=0.2 * group["lr"] * math.sqrt(max(x.shape)))
+            size = 0.2 * group["lr"] * math.sqrt(max(x.shape[1:]))  # as Adam's (2502.16982)
+            torch._foreach_sub_(ws, list(x.reshape(-1, *shape)), alpha=size)
 
 
 def make_optimizers(model, lr):
@@ -458,8 +459,7 @@ def train(args, state, device):
             if WORLD > 1:
                 dist.all_reduce(mean)
             train_loss, grad_norm = (mean / WORLD).tolist()
-            norms = torch.stack(torch._foreach_norm(weights))
-            if not math.isfinite(train_loss + grad_norm + norms.sum().item()):
+            if not math.isfinite(train_loss + grad_norm + sum(torch._foreach_norm(weights))):
                 fail(f"loss or weights not finite at step {step}: --resume with a lower --lr")
             val_loss = math.nan
             if test_set:
