@@ -303,9 +303,9 @@ class Muon(torch.optim.Optimizer):
         for shape in {w.shape for w in group["params"]}:  # all of a shape at once: few calls
             ws = [w for w in group["params"] if w.shape == shape]
             grads = torch.stack([w.grad.reshape(len(w), -1) for w in ws])
-            momentum = self.state[ws[0]].setdefault("momentum", torch.zeros_like(grads))
-            momentum.lerp_(grads, 0.05)
-            x = F.normalize(grads.lerp(momentum, 0.95), dim=(1, 2))  # Nesterov's
+            momenta = self.state[ws[0]].setdefault("momenta", torch.zeros_like(grads))
+            momenta.lerp_(grads, 0.05)
+            x = F.normalize(grads.lerp(momenta, 0.95), dim=(1, 2))  # Nesterov's
             tall = x.shape[1] > x.shape[2]
             x = x.mT if tall else x
             for _ in range(5):  # Newton-Schulz steps, towards singular values that are all 1
@@ -459,7 +459,7 @@ def make_parser():
     add("--run-dir", default=f"runs/{NAME}", help="for ckpt.pt, log.csv and samples")
     add("--resume", action="store_true", help="continue the run in --run-dir, with its flags")
     add("--batch-size", type=count, default=128, help="images, over all processes")
-    add("--max-steps", type=count, default=9000, help="to train in all")
+    add("--max-steps", type=count, default=18000, help="to train in all")
     add("--lr", type=within(0, 10), default=4e-3, help="the highest learning rate")
     add("--warmup", type=count, default=500, help="steps up to it")
     add("--ema", type=count, default=50000, help="half-life of averaged weights, in images")

@@ -356,9 +356,9 @@ class Muon(torch.optim.Optimizer):
         for shape in {w.shape for w in group["params"]}:  # all of a shape at once: few calls
             ws = [w for w in group["params"] if w.shape == shape]
             grads = torch.stack([w.grad.reshape(len(w), -1) for w in ws])
-            momentum = self.state[ws[0]].setdefault("momentum", torch.zeros_like(grads))
-            momentum.lerp_(grads, 0.05)
-            x = F.normalize(grads.lerp(momentum, 0.95), dim=(1, 2))  # Nesterov's
+            momenta = self.state[ws[0]].setdefault("momenta", torch.zeros_like(grads))
+            momenta.lerp_(grads, 0.05)
+            x = F.normalize(grads.lerp(momenta, 0.95), dim=(1, 2))  # Nesterov's
             tall = x.shape[1] > x.shape[2]
             x = x.mT if tall else x
             for _ in range(5):  # Newton-Schulz steps, towards singular values that are all 1
@@ -518,7 +518,7 @@ def make_parser():
     add("--eta", type=share, default=0.0, help="noise in ddim: 0 is none, 1 is ddpm")
     add("--classes", type=int, nargs="+", help="numbers of the classes to draw, else all of them")
     add("--guidance", type=within(0, 1e3), default=3.0, help="1 is none, more obeys the class more")
-    add("--guidance-interval", type=share, nargs=2, default=(0, 1), help="where in t / T to guide")
+    add("--guidance-interval", type=share, nargs=2, default=(0.2, 0.8), help="guide at these t / T")
     add("-n", "--n", type=count, default=100, help="how many images")
     add("--out", default="samples.png", help="x.png a grid, x.gif the way to it, x/ a file each")
 
