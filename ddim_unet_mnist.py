@@ -422,7 +422,7 @@ def picture(images, rows=1):
 def write(model, args, prompts, out, n):
     """Draw n images. x.png is a grid, a row per prompt, x.gif the way to it, x/ a file each."""
     looks = min(50, args.steps) if out.endswith(".gif") else 1
-    index = range(RANK, n, WORLD) if out.endswith("/") else range(n)  # of files, each its share
+    index = range(RANK, n, WORLD) if out.endswith("/") else range(n)  # files: a share each
     tokens = [tokenize(prompt) for prompt in prompts]
     drawn = []
     for start in range(0, len(index), args.batch_size):

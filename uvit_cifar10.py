@@ -325,7 +325,7 @@ def picture(images, rows=1):
 def write(model, args, classes, out, n):
     """Draw n images. x.png is a grid, a row per class, x.gif the way to it, x/ a file each."""
     looks = min(50, args.steps) if out.endswith(".gif") else 1
-    index = range(RANK, n, WORLD) if out.endswith("/") else range(n)  # of files, each its share
+    index = range(RANK, n, WORLD) if out.endswith("/") else range(n)  # files: a share each
     drawn = []
     for start in range(0, len(index), args.batch_size):
         part = index[start : start + args.batch_size]
@@ -353,7 +353,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         group = self.param_groups[0]
-        for shape in {w.shape for w in group["params"]}:  # all of a shape at once: few calls
+        for shape in {w.shape for w in group["params"]}:  # one by one, a GPU would wait for us
             ws = [w for w in group["params"] if w.shape == shape]
             grads = torch.stack([w.grad.reshape(len(w), -1) for w in ws])
             momenta = self.state[ws[0]].setdefault("momenta", torch.zeros_like(grads))
@@ -366,7 +366,7 @@ class Muon(torch.optim.Optimizer):
                 gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
                 x = torch.baddbmm(x, gram, x, beta=3.4445)
             x = x.mT if tall else x
-            size = 0.2 * group["lr"] * math.sqrt(max(x.shape[1:]))  # as Adam's (2502.16982)
+            size = 0.2 * group["lr"] * math.sqrt(max(x.shape[1:]))  # of Adam's steps (2502.16982)
             torch._foreach_sub_(ws, list(x.reshape(-1, *shape)), alpha=size)
 
 
