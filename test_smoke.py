@@ -349,7 +349,7 @@ def test_guidance_acts_in_its_interval(script):
     model = mock.Mock(num_classes=9, side_effect=lambda x, t, y: y.view(-1, 1, 1, 1) / 100)
     y, options, null = torch.tensor([[1]]), {}, 0
     if script is dit:
-        y, options, null = y[0], {"interval": (0.2, 0.8)}, 9
+        y, options, null = y[0], {"interval": (0.8, 0.2)}, 9
     for guidance, t, inside in [(3, 801, 0), (3, 800, 1), (0, 200, 1), (3, 199, 0), (1, 500, 0)]:
         guided = guidance != 1 if script is ddim else inside
         denoise = script.denoiser(model, COSINE, y, guidance, **options)

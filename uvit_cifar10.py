@@ -161,8 +161,8 @@ def denoiser(model, alphas_cumprod, y=None, guidance=1.0, interval=(0.0, 1.0)):
     """
 
     def denoise(x_t, t):
-        low, high = interval
-        if guidance == 1 or not low <= t[0] / len(alphas_cumprod) <= high:
+        low, high = sorted(interval)
+        if guidance == 1 or not low <= t[0] / T <= high:
             v = model(x_t, t, y)
         else:  # with and without the class, in one batch
             null = torch.full_like(y, model.num_classes)
