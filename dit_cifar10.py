@@ -356,7 +356,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         group = self.param_groups[0]
-        for shape in {w.shape for w in group["params"]}:  # one by one, a GPU would wait for us
+        for shape in {w.shape for w in group["params"]}:  # weight by weight, a GPU would idle
             ws = [w for w in group["params"] if w.shape == shape]
             grads = torch.stack([w.grad.reshape(len(w), -1) for w in ws])
             momenta = self.state[ws[0]].setdefault("momenta", torch.zeros_like(grads))
