@@ -17,22 +17,61 @@ import torch.distributed as dist
 # Schedules
 
 
-def linear_betas(T=1000, beta_start=1e-4, beta_end=0.02):
-    """Betas (T,), float64, evenly spaced (Ho et al. 2020, 2006.11239, section 4)."""
-    return torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
+def linear_schedule(T=1000, beta_start=1e-4, beta_end=0.02):
+    """alphas_cumprod (T,) of evenly spaced betas (Ho et al. 2020, 2006.11239, section 4)."""
+    return cumulate(torch.linspace(beta_start, beta_end, T, dtype=torch.float64))
 
 
-def cosine_betas(T=1000, s=0.008, max_beta=0.999):
-    """Betas (T,), float64; alpha-bar is a squared cosine (Nichol & Dhariwal 2021, eq. 17)."""
+def cosine_schedule(T=1000, s=0.008, max_beta=0.999):
+    """alphas_cumprod (T,), a squared cosine (Nichol & Dhariwal 2021, 2102.09672, eq. 17).
+
+    It ends in 2.4e-9: at T - 1 nothing is left of the image. Methods that divide by alpha-bar, or
+    take its log SNR for granted, have to start a little earlier.
+    """
     f = [math.cos((t / T + s) / (1 + s) * math.pi / 2) ** 2 for t in range(T + 1)]
     betas = [min(1 - f[t + 1] / f[t], max_beta) for t in range(T)]
-    return torch.tensor(betas, dtype=torch.float64)
+    return cumulate(torch.tensor(betas, dtype=torch.float64))
 
 
-def alpha_bar(betas):
-    """alphas_cumprod (T,), float32, from betas (T,)."""
-    # The product of a thousand factors is taken in float64, then rounded once.
-    return (1 - betas.cpu().double()).cumprod(0).float()
+def flow_schedule(T=1000):
+    """alphas_cumprod (T,) of rectified flow (Liu et al. 2022, 2209.03003).
+
+    Its straight paths (1 - u) x0 + u noise, at u = 1/(T+1) .. T/(T+1), are scaled to variance 1. On
+    it, DDIM is Euler's method.
+    """
+    u = torch.arange(1, T + 1) / (T + 1)
+    return (1 - u) ** 2 / ((1 - u) ** 2 + u**2)
+
+
+def cumulate(betas):
+    """alphas_cumprod (T,), float32, from betas (T,), float64: a product of a thousand factors."""
+    return (1 - betas).cumprod(0).float()
+
+
+# --------------------------------------------------------------------------------------------------
+# Progress
+
+
+class Progress:
+    """Says how much of `total` is done, and how long the rest will take: every two seconds, and
+    more rarely after some minutes. Of several processes, the first one speaks."""
+
+    def __init__(self, total, what):
+        self.total = total
+        self.what = what
+        self.done = 0
+        self.start = time.monotonic()
+        self.spoken = self.start
+
+    def add(self, n):
+        self.done += n
+        now = time.monotonic()
+        elapsed = now - self.start
+        if os.environ.get("RANK", "0") == "0" and now - self.spoken > max(2, elapsed / 100):
+            self.spoken = now
+            left = elapsed / self.done * (self.total - self.done)
+            left = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
+            print(f"{self.done:.0f} of {self.total} {self.what}, {left} left", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -48,21 +87,26 @@ def load_data(name, data_dir, size, channels, device="cpu"):
     name is "MNIST" or "CIFAR10"; channels are 1 or 3, which for grey images are alike. If data_dir
     holds train/<class>/, all images in there are read, cropped and scaled to size x size, and those
     in test/<class>/ or val/<class>/ are the test set. Otherwise torchvision finds the set there, or
-    downloads it. Raises OSError or ValueError, with one line that says first what to do.
+    downloads it. Exits with one line that says what to do where the data cannot be read.
     """
-    root = Path(data_dir).expanduser()
-    content = _visible(root) if root.exists() else []
-    if (root / "train").is_dir():
-        sets, classes = _read_folders(root, size, channels)
-    elif content and KNOWN.isdisjoint(path.name for path in content):
-        # Images in another layout are no reason to fetch a data set and train on that.
-        layout = "put images into train/<class>/*.png (and test/<class>/*.png, if you like)"
-        raise ValueError(f"{layout}, or fetch {name} into a new folder: here is {content[0].name}")
-    else:
-        sets, classes = _read_torchvision(name, root, size, channels)
+    try:
+        sets, classes = _read(name, Path(data_dir).expanduser(), size, channels)
+    except (OSError, ValueError) as error:
+        sys.exit(f"--data-dir {data_dir}: {error}")
     sets = [(images.to(device), labels.to(device)) for images, labels in sets]
     test_set = sets[1] if len(sets) == 2 else None
     return sets[0], test_set, classes
+
+
+def _read(name, root, size, channels):
+    content = _visible(root) if root.exists() else []
+    if (root / "train").is_dir():
+        return _read_folders(root, size, channels)
+    if content and KNOWN.isdisjoint(path.name for path in content):
+        # Images in another layout are no reason to fetch a data set and train on that.
+        layout = "put images into train/<class>/*.png (and test/<class>/*.png, if you like)"
+        raise ValueError(f"{layout}, or fetch {name} into a new folder: here is {content[0].name}")
+    return _read_torchvision(name, root, size, channels)
 
 
 def _read_torchvision(name, root, size, channels):
@@ -142,8 +186,8 @@ def _list_images(folder):
             raise ValueError(f"put images into {path}, or delete it: there is none in it")
     if not files:
         raise ValueError(f"put images into {folder}/<class>/: there is no class in it")
-    if others:
-        _print0(f"{folder}: {len(others)} files are no images, such as {others[0].name}")
+    if others and os.environ.get("RANK", "0") == "0":
+        print(f"{folder}: {len(others)} files are no images, such as {others[0].name!a}")
     return files
 
 
@@ -165,12 +209,10 @@ def _read_images(files, size, channels):
     samples = [(path, label) for label, name in enumerate(files) for path in files[name]]
     images = torch.empty(len(samples), channels, size, size, dtype=torch.uint8)
     labels = torch.tensor([label for _, label in samples])
-    reported = time.monotonic()
+    progress = Progress(len(samples), "images read")
     for i, (path, _) in enumerate(samples):
         images[i] = read_image(path, size, channels)
-        if time.monotonic() - reported > 5:
-            _print0(f"{i + 1} of {len(samples)} images read")
-            reported = time.monotonic()
+        progress.add(1)
     return images, labels
 
 
@@ -223,13 +265,6 @@ def _to_rgb(image):
     return image.convert("RGB")
 
 
-def _print0(message):
-    """Prints on process 0; characters that the console lacks come out escaped, and end no run."""
-    if os.environ.get("RANK", "0") == "0":
-        encoding = sys.stdout.encoding or "utf-8"
-        print(message.encode(encoding, errors="backslashreplace").decode(encoding), flush=True)
-
-
 def _one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
 
@@ -267,7 +302,7 @@ def batch(images, labels, T, batch_size, seed, step, rank=0, world=1):
 
 
 def noises(seed, index, shape, device="cpu"):
-    """Yields noise (len(index), *shape) for ever; row k is a function of (seed, index[k]) alone."""
+    """Yields noise (len(index), *shape), indefinitely. Row k is a function of (seed, index[k])."""
     generators = [generator(seed, i, device) for i in index]
     while True:
         # Eight at a time: on a GPU, a call per image and step would outlast the network.
