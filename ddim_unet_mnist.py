@@ -19,7 +19,6 @@ import sys
 import time
 import zipfile
 from functools import partial
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -73,7 +72,7 @@ def measure(x0):
     ink = x0.mean(dim=1) / 2 + 0.5  # (B, H, W) in [0, 1], if bright on black
     total = ink.sum(dim=(1, 2))
     edges = ink.diff(dim=2)[:, 1:].square() + ink.diff(dim=1)[:, :, 1:].square()
-    width = 2 * total / edges.sqrt().sum(dim=(1, 2))  # for a stroke has two edges
+    width = 2 * total / edges.sqrt().sum(dim=(1, 2))  # a stroke has two edges
     down = torch.arange(SIZE, device=x0.device)[:, None]
     right = down.T
     mean_down = (ink * down).sum(dim=(1, 2)) / total
@@ -133,11 +132,11 @@ def sinusoids(t, dim):
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def norm(channels):  # in groups of 16: smaller ones take a CPU six times as long
+def norm(channels):  # 16 channels a group: smaller groups take a CPU six times as long
     return nn.GroupNorm(channels // 16, channels)
 
 
-def zero(layer):  # a block starts as the identity, and so a deep stack of them learns at once
+def zero(layer):  # at first a block changes nothing, so that a deep stack of them trains easily
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -271,7 +270,7 @@ def ddim_sample(denoise, x, alphas_cumprod, steps=50, eta=0.0, randn=torch.randn
 
     With eta = 0 it solves an ODE; with eta = 1 it is DDPM (Ho et al. 2020, algorithm 2).
     """
-    alpha_bar = [*alphas_cumprod.tolist(), 1.0]  # the last, at time -1, is the clean image's
+    alpha_bar = [*alphas_cumprod.tolist(), 1.0]  # at index -1, the clean image's
     # equal strides from T - 1 to -1 (Lin et al. 2023, 2305.08891, table 2)
     times = [round(len(alphas_cumprod) * i / steps) - 1 for i in range(steps, -1, -1)]
     for t, t_next in pairwise(times):
@@ -288,7 +287,7 @@ def ddim_sample(denoise, x, alphas_cumprod, steps=50, eta=0.0, randn=torch.randn
 def ddim_invert(denoise, x0, alphas_cumprod, steps=50):
     """Images (B, ..) -> their noise, by eq. 12 backwards (Song et al. 2020, section 5.4)."""
     alpha_bar = alphas_cumprod.tolist()
-    # from 0 and not from -1, which no network knows: the image stands in for x at t = 0
+    # starts at t = 0, because networks are not trained for t = -1
     times = [max(round(len(alpha_bar) * i / steps) - 1, 0) for i in range(steps + 1)]
     x = x0
     for t, t_next in pairwise(times):
@@ -330,25 +329,30 @@ def load(path):
         config = state["config"]
         model = UNet(config["dim"]).eval()
         model.load_state_dict(state["ema"])
-        here = meaning() if find_spec("common") else config["meaning"]
-        if config["meaning"] != here:
-            raise ValueError(f"it means {config['meaning']}, and this script {here}")
+        try:
+            measured = meaning()
+        except ImportError:  # this file was copied alone, and has no schedule
+            measured = config["meaning"]
+        if config["meaning"] != measured:
+            raise ValueError(f"it means {config['meaning']}, and this script {measured}")
     except Exception as error:  # of a dozen kinds, because a file can be damaged in many ways
-        reason = str(error).partition("\n")[0].partition(". ")[0]
+        reason = str(error).partition("\n")[0].partition(". ")[0]  # its first sentence
         sys.exit(f"{path} is not a checkpoint of {NAME}.py: {type(error).__name__}: {reason}")
     return model, state
 
 
 @torch.no_grad()
-def draw(denoise, noise, alphas_cumprod, sampler, steps, watch):
+def draw(denoise, noise_stream, alphas_cumprod, sampler, steps, watch):
     """Images (B, ..) from an iterator of noises (B, ..). Before each step it calls watch(x_t)."""
 
     def watched(x_t, t):
         watch(x_t)
         return denoise(x_t, t)
 
-    x = next(noise)
-    return SAMPLERS[sampler](watched, x, alphas_cumprod, steps, randn=lambda x: next(noise))
+    def randn(x):
+        return next(noise_stream)
+
+    return SAMPLERS[sampler](watched, next(noise_stream), alphas_cumprod, steps, randn=randn)
 
 
 def interpolated_noises(seed, index, rows, n, device):
@@ -359,8 +363,9 @@ def interpolated_noises(seed, index, rows, n, device):
     starts = noises(seed, [2 * (i % rows) for i in index], shape, device)
     ends = noises(seed, [2 * (i % rows) + 1 for i in index], shape, device)
     columns = math.ceil(n / rows)
-    way = torch.tensor([i // rows / max(columns - 1, 1) for i in index], device=device)  # 0 to 1
-    angle = math.pi / 2 * way[:, None, None, None]  # two noises stand at right angles, nearly
+    # random noises are nearly at right angles, so this keeps the variance
+    share = torch.tensor([i // rows / max(columns - 1, 1) for i in index], device=device)  # 0 to 1
+    angle = math.pi / 2 * share[:, None, None, None]
     for start, end in zip(starts, ends, strict=True):
         yield angle.cos() * start + angle.sin() * end
 
@@ -370,7 +375,7 @@ def picture(images, rows=1):
     from PIL import Image
 
     pixels = images.mul(127.5).add(128).clamp(0, 255).byte().cpu().expand(-1, 3, -1, -1)
-    if len(pixels) > 1:  # a black frame around each, and black where the last column has none
+    if len(pixels) > 1:  # a black frame around each, and black images where the last are missing
         pixels = F.pad(pixels, (1, 1, 1, 1, 0, 0, 0, -len(pixels) % rows))
     return Image.fromarray(rearrange(pixels, "(n r) c h w -> (r h) (n w) c", r=rows).numpy())
 
@@ -382,46 +387,41 @@ def write(model, alphas_cumprod, args, y, out):
     """
     from common import Progress, noises
 
-    try:
-        Path(f"{out}x").parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        sys.exit(f"--out {out}: {error}")
     device = alphas_cumprod.device
-    numbers = range(len(y))
+    indices = range(len(y))
     if out.endswith("/"):
-        numbers = range(RANK, len(y), WORLD)  # the share of this process
+        indices = range(RANK, len(y), WORLD)  # the share of this process
     elif RANK > 0:
         return
-    progress = Progress(len(numbers), "images")
-    rows = len(set(y))
-    if len(y) > 1 and rows in (1, len(y)) and not args.interpolate:
+    progress = Progress(len(indices), "images")
+    rows = len(args.prompt or set(y))
+    if (rows == 1 or rows >= len(y)) and not args.interpolate:
         rows = round(math.sqrt(len(y)))
-    drawn, way = [], []  # the images, and for a .gif all x_t before them
+    drawn, way = [], []  # the images, in parts, and for a .gif the x_t on the way to a part
 
     def watch(x_t):
         progress.add(len(x_t) / args.steps)
         if out.endswith(".gif"):
             way.append(x_t)
 
-    for start in range(0, len(numbers), args.micro_batch):
-        part = numbers[start : start + args.micro_batch]
+    for start in range(0, len(indices), args.micro_batch):
+        part = indices[start : start + args.micro_batch]
         asked = torch.tensor([y[i] for i in part], device=device)
         denoise = denoiser(model, alphas_cumprod, asked, args.guidance)
-        noise = noises(args.seed, part, (CHANNELS, SIZE, SIZE), device)
+        noise_stream = noises(args.seed, part, (CHANNELS, SIZE, SIZE), device)
         if args.interpolate:
-            noise = interpolated_noises(args.seed, part, rows, len(y), device)
+            noise_stream = interpolated_noises(args.seed, part, rows, len(y), device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            images = draw(denoise, noise, alphas_cumprod, args.sampler, args.steps, watch)
+            images = draw(denoise, noise_stream, alphas_cumprod, args.sampler, args.steps, watch)
         if out.endswith("/"):
             for i, image in zip(part, images, strict=True):
                 words = [WORDS[token] for token in y[i] if token]
                 picture(image[None]).save(out + "-".join([f"{i:06d}", *words]) + ".png")
         else:
-            drawn.append(images)
+            drawn.append([*way, images])
+            way.clear()
     if drawn:
-        steps = len(way) // len(drawn)
-        frames = [torch.cat(way[step::steps]) for step in range(steps)]
-        frames.append(torch.cat(drawn))
+        frames = [torch.cat(frame) for frame in zip(*drawn, strict=True)]
         first, *rest = [picture(images, rows) for images in frames]
         first.save(out, save_all=bool(rest), append_images=rest, duration=60, loop=0)
     print0(out)
@@ -432,13 +432,15 @@ def invert(model, alphas_cumprod, args, y, out):
     """Write a picture of --invert, its noise, it again, and the noise under the other prompts."""
     from common import read_image
 
+    if out.endswith("/"):
+        sys.exit(f"--invert draws one picture: --out {out} must end in .png")
     device = alphas_cumprod.device
     try:
         image = read_image(args.invert, SIZE, CHANNELS)[None].to(device) / 127.5 - 1
     except (OSError, ValueError) as error:
         sys.exit(f"--invert {args.invert}: {error}")
     first, *others = torch.tensor(y, device=device)[:, None]
-    denoise = denoiser(model, alphas_cumprod, first)  # without guidance, which is not undone
+    denoise = denoiser(model, alphas_cumprod, first)  # without guidance, which would not be undone
     noise = ddim_invert(denoise, image, alphas_cumprod, args.steps)
     images = [image, noise, ddim_sample(denoise, noise, alphas_cumprod, args.steps)]
     for tokens in others:
@@ -452,34 +454,34 @@ def invert(model, alphas_cumprod, args, y, out):
 
 
 def learning_rate(step, args):
-    """Warm up, fall with 1 / sqrt(step), and go in a line to 0 over the last fifth of the run."""
+    """Warm up, fall with 1 / sqrt(step), and fall linearly to 0 over the last fifth."""
     lr = args.lr * min(step / args.warmup, math.sqrt(args.warmup / step))
     return lr * min(1, 5 * (1 - (step - 1) / args.max_steps))
 
 
 def on_signals(handler):
-    """Let this handler take Ctrl-C and SIGTERM; with None, they end the program again."""
+    """Use this handler for Ctrl-C and SIGTERM. None: they end the program, as usual."""
     if WORLD == 1:  # with more processes they always do, and --resume goes back to the last save
         signal.signal(signal.SIGINT, handler or signal.default_int_handler)
         signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
 
 
-def save(state, parts, run_dir):
-    """Write the state of a run and of its parts to ckpt.pt, and its log to log.csv."""
+def save(state, saved, run_dir):
+    """Write the state of a run, with that of its networks and optimizers, and log.csv."""
     if RANK > 0:
         return
-    state |= {name: part.state_dict() for name, part in parts.items()}
+    state |= {name: part.state_dict() for name, part in saved.items()}
     torch.save(state, run_dir / "ckpt.tmp")
     os.replace(run_dir / "ckpt.tmp", run_dir / "ckpt.pt")  # no kill leaves half a file
     with open(run_dir / "log.csv", "w", newline="") as file:
-        log = csv.DictWriter(file, state["log"][-1], extrasaction="ignore")
+        log = csv.DictWriter(file, state["log"][-1], extrasaction="ignore", lineterminator="\n")
         log.writeheader()
         log.writerows(state["log"])
 
 
 @torch.no_grad()
 def validate(model, test_set, alphas_cumprod, autocast):
-    """The loss on 256 images of the test set, always the same; nan where there is none."""
+    """The loss on the same 256 test images each time; nan without a test set."""
     from common import batch
 
     if not test_set:
@@ -497,20 +499,21 @@ def train(args, state, device):
     train_set, test_set, class_names = load_data(DATA, args.data_dir, SIZE, CHANNELS, device)
     if len(class_names) > len(DIGITS):
         sys.exit(f"--data-dir {args.data_dir}: {len(class_names)} classes, and words for ten")
+    run_dir = Path(args.run_dir)
     torch.manual_seed(args.seed)  # the same first weights in every process
     model = UNet(args.dim).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizers = {"optimizer": torch.optim.Adam(model.parameters(), args.lr, fused=True)}
-    parts = {"model": model, "ema": ema, **optimizers}
+    saved = {"model": model, "ema": ema, **optimizers}
     config = {**vars(args), "script": NAME, "class_names": class_names, "meaning": meaning()}
     if state:
-        for name, part in parts.items():
+        for name, part in saved.items():
             part.load_state_dict(state[name])
     else:
         state = {"step": 0, "images": 0, "seconds": 0.0, "log": []}
     state["config"] = config
-    size = sum(map(torch.numel, model.parameters())) / 1e6
-    print0(f"{size:.2f} M parameters, {len(train_set[0])} images, from step {state['step']}")
+    millions = sum(map(torch.numel, model.parameters())) / 1e6
+    print0(f"{millions:.2f} M parameters, {len(train_set[0])} images, from step {state['step']}")
 
     net = torch.compile(model, disable=not args.compile)
     if WORLD > 1:
@@ -521,7 +524,7 @@ def train(args, state, device):
     stopped = []  # the signals that came
     losses, start = [], time.perf_counter()
     for step in range(state["step"] + 1, args.max_steps + 1):
-        on_signals(lambda *signal: stopped.append(signal))  # the step is finished and saved first
+        on_signals(lambda *caught: stopped.append(caught))  # this step is finished and saved first
         x0, y, t, noise, u = batch(*train_set, T, args.batch_size, args.seed, step, RANK, WORLD)
         x0, y = illustrate(x0, y, u)
         train_loss = 0.0
@@ -529,9 +532,10 @@ def train(args, state, device):
             part = slice(i, i + args.micro_batch)
             with autocast:
                 value = loss(net, x0[part], y[part], t[part], noise[part], alphas_cumprod)
-            value = value * len(x0[part]) / len(x0)  # so that gradients add up to those of the mean
+            value = value * len(x0[part]) / len(x0)  # gradients add up to those of the mean
             value.backward()
             train_loss += value.detach()
+            progress.add(len(x0[part]) / len(x0))
         losses.append(train_loss)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         lr = learning_rate(step, args)
@@ -541,27 +545,26 @@ def train(args, state, device):
             optimizer.zero_grad()
         state["step"] = step
         state["images"] += args.batch_size
-        half_life = min(args.ema, 0.05 * state["images"])  # short at first, to forget a bad start
+        half_life = min(args.ema, 0.05 * state["images"])  # short at first: the start was bad
         for average, weight in zip(ema.parameters(), model.parameters(), strict=True):
             average.lerp_(weight.detach(), 1 - 0.5 ** (args.batch_size / half_life))
-        progress.add(1)
 
-        stopping = bool(stopped)
-        drawing = step == args.max_steps or (args.sample_every and step % args.sample_every == 0)
-        saving = stopping or drawing or step % args.save_every == 0
+        last = step == args.max_steps
+        sampling = last or (args.sample_every > 0 and step % args.sample_every == 0)
+        saving = bool(stopped) or sampling or step % args.save_every == 0
         if saving or step % args.log_every == 0:  # not at every step: .item() waits for the GPU
-            train_loss = torch.stack(losses).mean() / WORLD
+            mean_loss = torch.stack(losses).mean() / WORLD
             if WORLD > 1:
-                dist.all_reduce(train_loss)
-            weights = nn.utils.parameters_to_vector(model.parameters())
-            if not math.isfinite(train_loss + grad_norm + weights.norm()):
-                sys.exit(f"loss or weights not finite at step {step}: --resume with a lower --lr")
+                dist.all_reduce(mean_loss)
+            weight_norm = sum(weight.detach().norm() for weight in model.parameters())
+            if not math.isfinite(mean_loss + grad_norm + weight_norm):
+                sys.exit(f"loss or weights not finite at step {step}: try again with a lower --lr")
             elapsed = time.perf_counter() - start
             state["seconds"] += elapsed
             row = {
                 "step": step,
                 "images": state["images"],
-                "loss": round(train_loss.item(), 5),
+                "loss": round(mean_loss.item(), 5),
                 "val_loss": round(validate(ema, test_set, alphas_cumprod, autocast), 5),
                 "lr": round(lr, 8),
                 "grad_norm": round(grad_norm.item(), 3),
@@ -572,14 +575,14 @@ def train(args, state, device):
             print0("  ".join(f"{name} {number}" for name, number in row.items()))
             losses, start = [], time.perf_counter()
         if saving:
-            save(state, parts, Path(args.run_dir))
-        on_signals(None)
-        if stopping:
-            print0(f"stopped after step {step}; --resume continues")
-            break
-        if drawing and not stopped:
-            y = [tokenize(str(i % len(class_names))) for i in range(args.n)]
-            write(ema, alphas_cumprod, args, y, f"{args.run_dir}/samples-{step:07d}.png")
+            save(state, saved, run_dir)
+            on_signals(None)  # until the next step, nothing can be lost
+            if stopped:
+                print0(f"stopped after step {step}; --resume continues")
+                break
+        if sampling:
+            asked = [tokenize(str(i % len(class_names))) for i in range(args.n)]
+            write(ema, alphas_cumprod, args, asked, f"{run_dir}/samples-{step:07d}.png")
 
 
 # ---- The command line
@@ -599,7 +602,7 @@ def make_parser():
     add("--prompt", nargs="+", help='such as "thin red 7 on white"; else all digits; a row each')
     add("--interpolate", action="store_true", help="in each row, from one noise to another")
     add("--invert", help="an image: find its noise, under the first prompt, and redraw it")
-    add("--out", help="x.png a grid, x.gif the way to it, x/ a file each; else samples.png")
+    add("--out", help="x.png: a grid, x.gif: the way to it, x/: a file each (samples.png)")
     flag("--sampler", "ddim", "which way to the image", choices=list(SAMPLERS))
     flag("--steps", 20, "of the sampler: ddpm wants more of them")
     flag("--guidance", 3.0, "1 is none, more obeys the prompt more")
@@ -611,11 +614,11 @@ def make_parser():
     flag("--batch-size", 64, "images in a step, over all processes")
     flag("--max-steps", 20000, "steps of the whole run")
     flag("--lr", 1e-3, "the highest learning rate")
-    flag("--warmup", 1000, "steps up to it")
+    flag("--warmup", 1000, "steps until it is reached")
     flag("--ema", 50000, "half-life of the averaged weights, in images")
     flag("--log-every", 100, "steps")
     flag("--save-every", 500, "steps")
-    flag("--sample-every", 2000, "steps, 0 is never")
+    flag("--sample-every", 2000, "steps; 0: only at the end")
     flag("--seed", 0, "of the training, or of the images")
     # the network
     flag("--dim", 48, "channels", choices=[16, 32, 48, 64, 96, 128])
@@ -623,13 +626,15 @@ def make_parser():
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     device = "cuda" if cuda else "mps" if mps else "cpu"
     flag("--device", device, "where to compute", choices=sorted({device, "cpu"}))
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # which new versions of PyTorch have
-    half = torch.cuda.is_bf16_supported(False) if cuda else cpu.get("avx512_bf16", False)
-    dtype = "bfloat16" if half else "float32"  # not where it would be emulated
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # only new versions of PyTorch have it
+    bfloat16 = cpu.get("avx512_bf16", False)
+    if cuda:
+        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = "bfloat16" if bfloat16 else "float32"
     flag("--dtype", dtype, "of the network", choices=["float32", "bfloat16"])
     add("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="when training")
-    some = 64 if device == "cpu" else 1024  # so few stay in the caches of a CPU
-    flag("--micro-batch", some, "images at a time; a step adds up their gradients")
+    micro_batch = 64 if device == "cpu" else 1024  # so few stay in a CPU's caches
+    flag("--micro-batch", micro_batch, "images at a time; a step adds up their gradients")
     return parser
 
 
@@ -644,17 +649,16 @@ def open_run(parser, args, path):
         sys.exit(f"{args.run_dir}: another run is in it, or it cannot be written ({error})")
     if not path.exists():  # from here on, no other process changes it
         return lock, args, None
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun
-    if not args.resume and not restarted:
+    if not args.resume:
         sys.exit(f"{args.run_dir} holds a run: add --resume, or name another --run-dir")
     _, state = load(path)
     if "log" not in state:
         sys.exit(f"--resume: {path} holds weights alone, no run")
-    now = {
-        flag: vars(args)[flag] for flag in ("run_dir", "device", "dtype", "compile", "micro_batch")
-    }
-    saved = argparse.Namespace(**{**state["config"], **now})
-    return lock, parser.parse_args(namespace=saved), state  # what is typed now wins
+    config = state["config"]
+    for flag in ("run_dir", "device", "dtype", "compile", "micro_batch"):  # not those of the run
+        config[flag] = vars(args)[flag]
+    args = parser.parse_args(namespace=argparse.Namespace(**config))  # what is typed wins
+    return lock, args, state
 
 
 def main():
@@ -668,8 +672,9 @@ def main():
     out = args.out if args.out is not None else "samples.png"
     if not out.endswith((".png", ".gif", "/")):
         sys.exit(f"--out {out} must end in .png, .gif or /")
-    if min(args.n, args.steps, args.batch_size, args.micro_batch, args.max_steps, args.warmup) < 1:
-        sys.exit("numbers of images and steps must be 1 at least")
+    counts = [args.n, args.steps, args.batch_size, args.micro_batch, args.max_steps, args.warmup]
+    if min(*counts, args.ema, args.log_every, args.save_every) < 1 or args.steps > T:
+        sys.exit(f"numbers of images and steps must be 1 at least, and --steps {T} at most")
     device = torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -677,6 +682,10 @@ def main():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     own = Path(args.run_dir, "ckpt.pt")
     if drawing:
+        try:
+            Path(f"{out}x").parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            sys.exit(f"--out {out}: {error}")
         shipped = Path(__file__).with_name("checkpoints") / f"{NAME}.pt"
         path = args.ckpt or (own if own.exists() else shipped)
         model, state = load(path)

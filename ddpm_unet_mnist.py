@@ -17,7 +17,6 @@ import signal
 import sys
 import time
 import zipfile
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -52,11 +51,11 @@ def sinusoids(t, dim):
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def norm(channels):  # in groups of 16: smaller ones take a CPU six times as long
+def norm(channels):  # 16 channels a group: smaller groups take a CPU six times as long
     return nn.GroupNorm(channels // 16, channels)
 
 
-def zero(layer):  # a block starts as the identity, and so a deep stack of them learns at once
+def zero(layer):  # at first a block changes nothing, so that a deep stack of them trains easily
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -112,7 +111,7 @@ class UNet(nn.Module):
             h = self.up[level](torch.cat([h, skips[level]], dim=1), time)
             if level > 0:
                 h = self.grow[level - 1](F.interpolate(h, scale_factor=2.0))
-        return x + self.head(h).float()  # the head corrects a first guess: all of x is noise
+        return x + self.head(h).float()  # the first guess is that all of x is noise
 
 
 # ---- Diffusion: the loss, the denoiser, and the samplers, which know of no network
@@ -138,7 +137,7 @@ def loss(model, x0, y, t, noise, alphas_cumprod):
     """
     a = alphas_cumprod[t].view(-1, *[1] * (x0.dim() - 1))  # (B, 1, ..)
     x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise  # eq. 4
-    weight = 1 / a.clamp(min=0.03)  # 1 / a: the error of v (2202.00512), but a nears 0
+    weight = 1 / a.clamp(min=0.03)  # 1 / a would give the error of v (2202.00512); a nears 0
     return (weight * (model(x_t, t, y) - noise).square()).mean()
 
 
@@ -165,7 +164,7 @@ def ddpm_sample(denoise, x, alphas_cumprod, steps=1000, randn=torch.randn_like):
 
     x is noise (B, ..) at first; denoise(x, t) gives x0.
     """
-    alpha_bar = [*alphas_cumprod.tolist(), 1.0]  # the last, at time -1, is the clean image's
+    alpha_bar = [*alphas_cumprod.tolist(), 1.0]  # at index -1, the clean image's
     for t, t_next in timestep_pairs(len(alphas_cumprod), steps):
         a, a_next = alpha_bar[t], alpha_bar[t_next]
         x0 = denoise(x, t)
@@ -178,7 +177,7 @@ def ddpm_sample(denoise, x, alphas_cumprod, steps=1000, randn=torch.randn_like):
 
 
 def ddim_sample(denoise, x, alphas_cumprod, steps=50, randn=None):
-    """Song et al. 2020 (2010.02502), eq. 12: the same walk without noise, which solves an ODE."""
+    """Song et al. 2020 (2010.02502), eq. 12: the same steps, but no noise is added."""
     alpha_bar = [*alphas_cumprod.tolist(), 1.0]
     for t, t_next in timestep_pairs(len(alphas_cumprod), steps):
         a, a_next = alpha_bar[t], alpha_bar[t_next]
@@ -216,25 +215,30 @@ def load(path):
         config = state["config"]
         model = UNet(config["dim"]).eval()
         model.load_state_dict(state["ema"])
-        here = meaning(config["schedule"]) if find_spec("common") else config["meaning"]
-        if config["meaning"] != here:
-            raise ValueError(f"it means {config['meaning']}, and this script {here}")
+        try:
+            measured = meaning(config["schedule"])
+        except ImportError:  # this file was copied alone, and has no schedule
+            measured = config["meaning"]
+        if config["meaning"] != measured:
+            raise ValueError(f"it means {config['meaning']}, and this script {measured}")
     except Exception as error:  # of a dozen kinds, because a file can be damaged in many ways
-        reason = str(error).partition("\n")[0].partition(". ")[0]
+        reason = str(error).partition("\n")[0].partition(". ")[0]  # its first sentence
         sys.exit(f"{path} is not a checkpoint of {NAME}.py: {type(error).__name__}: {reason}")
     return model, state
 
 
 @torch.no_grad()
-def draw(denoise, noise, alphas_cumprod, sampler, steps, watch):
+def draw(denoise, noise_stream, alphas_cumprod, sampler, steps, watch):
     """Images (B, ..) from an iterator of noises (B, ..). Before each step it calls watch(x_t)."""
 
     def watched(x_t, t):
         watch(x_t)
         return denoise(x_t, t)
 
-    x = next(noise)
-    return SAMPLERS[sampler](watched, x, alphas_cumprod, steps, randn=lambda x: next(noise))
+    def randn(x):
+        return next(noise_stream)
+
+    return SAMPLERS[sampler](watched, next(noise_stream), alphas_cumprod, steps, randn=randn)
 
 
 def picture(images, rows=1):
@@ -242,7 +246,7 @@ def picture(images, rows=1):
     from PIL import Image
 
     pixels = images.mul(127.5).add(128).clamp(0, 255).byte().cpu().expand(-1, 3, -1, -1)
-    if len(pixels) > 1:  # a black frame around each, and black where the last column has none
+    if len(pixels) > 1:  # a black frame around each, and black images where the last are missing
         pixels = F.pad(pixels, (1, 1, 1, 1, 0, 0, 0, -len(pixels) % rows))
     return Image.fromarray(rearrange(pixels, "(n r) c h w -> (r h) (n w) c", r=rows).numpy())
 
@@ -254,18 +258,14 @@ def write(model, alphas_cumprod, args, out):
     """
     from common import Progress, noises
 
-    try:
-        Path(f"{out}x").parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        sys.exit(f"--out {out}: {error}")
     device = alphas_cumprod.device
-    numbers = range(args.n)
+    indices = range(args.n)
     if out.endswith("/"):
-        numbers = range(RANK, args.n, WORLD)  # the share of this process
+        indices = range(RANK, args.n, WORLD)  # the share of this process
     elif RANK > 0:
         return
-    progress = Progress(len(numbers), "images")
-    drawn, way = [], []  # the images, and for a .gif all x_t before them
+    progress = Progress(len(indices), "images")
+    drawn, way = [], []  # the images, in parts, and for a .gif the x_t on the way to a part
 
     def watch(x_t):
         progress.add(len(x_t) / args.steps)
@@ -273,20 +273,19 @@ def write(model, alphas_cumprod, args, out):
             way.append(x_t)
 
     denoise = denoiser(model, alphas_cumprod)
-    for start in range(0, len(numbers), args.micro_batch):
-        part = numbers[start : start + args.micro_batch]
-        noise = noises(args.seed, part, (CHANNELS, SIZE, SIZE), device)
+    for start in range(0, len(indices), args.micro_batch):
+        part = indices[start : start + args.micro_batch]
+        noise_stream = noises(args.seed, part, (CHANNELS, SIZE, SIZE), device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            images = draw(denoise, noise, alphas_cumprod, args.sampler, args.steps, watch)
+            images = draw(denoise, noise_stream, alphas_cumprod, args.sampler, args.steps, watch)
         if out.endswith("/"):
             for i, image in zip(part, images, strict=True):
                 picture(image[None]).save(f"{out}{i:06d}.png")
         else:
-            drawn.append(images)
+            drawn.append([*way, images])
+            way.clear()
     if drawn:
-        steps = len(way) // len(drawn)
-        frames = [torch.cat(way[step::steps]) for step in range(steps)]
-        frames.append(torch.cat(drawn))
+        frames = [torch.cat(frame) for frame in zip(*drawn, strict=True)]
         rows = round(math.sqrt(args.n))
         first, *rest = [picture(images, rows) for images in frames]
         first.save(out, save_all=bool(rest), append_images=rest, duration=60, loop=0)
@@ -297,12 +296,12 @@ def write(model, alphas_cumprod, args, out):
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonal momentum (kellerjordan.github.io/posts/muon). PyTorch's is in bfloat16 only."""
+    """Orthogonal momentum (kellerjordan.github.io/posts/muon). PyTorch's computes in bfloat16."""
 
     @torch.no_grad()
     def step(self):
         group = self.param_groups[0]
-        for shape in {w.shape for w in group["params"]}:  # weight by weight, a GPU would idle
+        for shape in {w.shape for w in group["params"]}:  # one by one, a GPU would wait
             ws = [w for w in group["params"] if w.shape == shape]
             grads = torch.stack([w.grad.reshape(len(w), -1) for w in ws])
             momenta = self.state[ws[0]].setdefault("momenta", torch.zeros_like(grads))
@@ -315,39 +314,39 @@ class Muon(torch.optim.Optimizer):
                 gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
                 x = torch.baddbmm(x, gram, x, beta=3.4445)
             x = x.mT if tall else x
-            size = 0.2 * group["lr"] * math.sqrt(max(x.shape[1:]))  # of Adam's steps (2502.16982)
+            size = 0.2 * group["lr"] * math.sqrt(max(x.shape[1:]))  # as Adam's (2502.16982)
             torch._foreach_sub_(ws, list(x.reshape(-1, *shape)), alpha=size)
 
 
 def learning_rate(step, args):
-    """Warm up, fall with 1 / sqrt(step), and go in a line to 0 over the last fifth of the run."""
+    """Warm up, fall with 1 / sqrt(step), and fall linearly to 0 over the last fifth."""
     lr = args.lr * min(step / args.warmup, math.sqrt(args.warmup / step))
     return lr * min(1, 5 * (1 - (step - 1) / args.max_steps))
 
 
 def on_signals(handler):
-    """Let this handler take Ctrl-C and SIGTERM; with None, they end the program again."""
+    """Use this handler for Ctrl-C and SIGTERM. None: they end the program, as usual."""
     if WORLD == 1:  # with more processes they always do, and --resume goes back to the last save
         signal.signal(signal.SIGINT, handler or signal.default_int_handler)
         signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
 
 
-def save(state, parts, run_dir):
-    """Write the state of a run and of its parts to ckpt.pt, and its log to log.csv."""
+def save(state, saved, run_dir):
+    """Write the state of a run, with that of its networks and optimizers, and log.csv."""
     if RANK > 0:
         return
-    state |= {name: part.state_dict() for name, part in parts.items()}
+    state |= {name: part.state_dict() for name, part in saved.items()}
     torch.save(state, run_dir / "ckpt.tmp")
     os.replace(run_dir / "ckpt.tmp", run_dir / "ckpt.pt")  # no kill leaves half a file
     with open(run_dir / "log.csv", "w", newline="") as file:
-        log = csv.DictWriter(file, state["log"][-1], extrasaction="ignore")
+        log = csv.DictWriter(file, state["log"][-1], extrasaction="ignore", lineterminator="\n")
         log.writeheader()
         log.writerows(state["log"])
 
 
 @torch.no_grad()
 def validate(model, test_set, alphas_cumprod, autocast):
-    """The loss on 256 images of the test set, always the same; nan where there is none."""
+    """The loss on the same 256 test images each time; nan without a test set."""
     from common import batch
 
     if not test_set:
@@ -362,11 +361,12 @@ def train(args, state, device):
     from common import Progress, batch, load_data
 
     train_set, test_set, class_names = load_data(DATA, args.data_dir, SIZE, CHANNELS, device)
+    run_dir = Path(args.run_dir)
     torch.manual_seed(args.seed)  # the same first weights in every process
     model = UNet(args.dim).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizers = {"optimizer": Muon(model.parameters(), {"lr": args.lr})}
-    parts = {"model": model, "ema": ema, **optimizers}
+    saved = {"model": model, "ema": ema, **optimizers}
     config = {
         **vars(args),
         "script": NAME,
@@ -374,13 +374,13 @@ def train(args, state, device):
         "meaning": meaning(args.schedule),
     }
     if state:
-        for name, part in parts.items():
+        for name, part in saved.items():
             part.load_state_dict(state[name])
     else:
         state = {"step": 0, "images": 0, "seconds": 0.0, "log": []}
     state["config"] = config
-    size = sum(map(torch.numel, model.parameters())) / 1e6
-    print0(f"{size:.2f} M parameters, {len(train_set[0])} images, from step {state['step']}")
+    millions = sum(map(torch.numel, model.parameters())) / 1e6
+    print0(f"{millions:.2f} M parameters, {len(train_set[0])} images, from step {state['step']}")
 
     net = torch.compile(model, disable=not args.compile)
     if WORLD > 1:
@@ -391,18 +391,19 @@ def train(args, state, device):
     stopped = []  # the signals that came
     losses, start = [], time.perf_counter()
     for step in range(state["step"] + 1, args.max_steps + 1):
-        on_signals(lambda *signal: stopped.append(signal))  # the step is finished and saved first
+        on_signals(lambda *caught: stopped.append(caught))  # this step is finished and saved first
         x0, y, t, noise, u = batch(*train_set, T, args.batch_size, args.seed, step, RANK, WORLD)
-        # the later of two times, with more noise: what digit it becomes is decided there
+        # the later of two times: more noise, because there it is decided which digit it becomes
         t = t.maximum((T * u[:, 0]).long())
         train_loss = 0.0
         for i in range(0, len(x0), args.micro_batch):
             part = slice(i, i + args.micro_batch)
             with autocast:
                 value = loss(net, x0[part], y[part], t[part], noise[part], alphas_cumprod)
-            value = value * len(x0[part]) / len(x0)  # so that gradients add up to those of the mean
+            value = value * len(x0[part]) / len(x0)  # gradients add up to those of the mean
             value.backward()
             train_loss += value.detach()
+            progress.add(len(x0[part]) / len(x0))
         losses.append(train_loss)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         lr = learning_rate(step, args)
@@ -413,27 +414,26 @@ def train(args, state, device):
             optimizer.zero_grad()
         state["step"] = step
         state["images"] += args.batch_size
-        half_life = min(args.ema, 0.05 * state["images"])  # short at first, to forget a bad start
+        half_life = min(args.ema, 0.05 * state["images"])  # short at first: the start was bad
         for average, weight in zip(ema.parameters(), model.parameters(), strict=True):
             average.lerp_(weight.detach(), 1 - 0.5 ** (args.batch_size / half_life))
-        progress.add(1)
 
-        stopping = bool(stopped)
-        drawing = step == args.max_steps or (args.sample_every and step % args.sample_every == 0)
-        saving = stopping or drawing or step % args.save_every == 0
+        last = step == args.max_steps
+        sampling = last or (args.sample_every > 0 and step % args.sample_every == 0)
+        saving = bool(stopped) or sampling or step % args.save_every == 0
         if saving or step % args.log_every == 0:  # not at every step: .item() waits for the GPU
-            train_loss = torch.stack(losses).mean() / WORLD
+            mean_loss = torch.stack(losses).mean() / WORLD
             if WORLD > 1:
-                dist.all_reduce(train_loss)
-            weights = nn.utils.parameters_to_vector(model.parameters())
-            if not math.isfinite(train_loss + grad_norm + weights.norm()):
-                sys.exit(f"loss or weights not finite at step {step}: --resume with a lower --lr")
+                dist.all_reduce(mean_loss)
+            weight_norm = sum(weight.detach().norm() for weight in model.parameters())
+            if not math.isfinite(mean_loss + grad_norm + weight_norm):
+                sys.exit(f"loss or weights not finite at step {step}: try again with a lower --lr")
             elapsed = time.perf_counter() - start
             state["seconds"] += elapsed
             row = {
                 "step": step,
                 "images": state["images"],
-                "loss": round(train_loss.item(), 5),
+                "loss": round(mean_loss.item(), 5),
                 "val_loss": round(validate(ema, test_set, alphas_cumprod, autocast), 5),
                 "lr": round(lr, 8),
                 "grad_norm": round(grad_norm.item(), 3),
@@ -444,13 +444,13 @@ def train(args, state, device):
             print0("  ".join(f"{name} {number}" for name, number in row.items()))
             losses, start = [], time.perf_counter()
         if saving:
-            save(state, parts, Path(args.run_dir))
-        on_signals(None)
-        if stopping:
-            print0(f"stopped after step {step}; --resume continues")
-            break
-        if drawing and not stopped:
-            write(ema, alphas_cumprod, args, f"{args.run_dir}/samples-{step:07d}.png")
+            save(state, saved, run_dir)
+            on_signals(None)  # until the next step, nothing can be lost
+            if stopped:
+                print0(f"stopped after step {step}; --resume continues")
+                break
+        if sampling:
+            write(ema, alphas_cumprod, args, f"{run_dir}/samples-{step:07d}.png")
 
 
 # ---- The command line
@@ -467,7 +467,7 @@ def make_parser():
     # drawing: each of the first three asks for it
     add("--sample-only", action="store_true", help="draw and exit; else train and then draw")
     add("--ckpt", help="what to draw from; else the run's own checkpoint, or the shipped one")
-    add("--out", help="x.png a grid, x.gif the way to it, x/ a file each; else samples.png")
+    add("--out", help="x.png: a grid, x.gif: the way to it, x/: a file each (samples.png)")
     flag("--sampler", "ddpm", "which way to the image", choices=list(SAMPLERS))
     flag("--steps", 50, "of the sampler: the papers' ddpm takes 1000")
     flag("-n", 64, "how many images")
@@ -481,11 +481,11 @@ def make_parser():
     flag("--batch-size", 128, "images in a step, over all processes")
     flag("--max-steps", 18000, "steps of the whole run")
     flag("--lr", 4e-3, "the highest learning rate")
-    flag("--warmup", 500, "steps up to it")
+    flag("--warmup", 500, "steps until it is reached")
     flag("--ema", 50000, "half-life of the averaged weights, in images")
     flag("--log-every", 100, "steps")
     flag("--save-every", 500, "steps")
-    flag("--sample-every", 2000, "steps, 0 is never")
+    flag("--sample-every", 2000, "steps; 0: only at the end")
     flag("--seed", 0, "of the training, or of the images")
     # the network
     flag("--dim", 32, "channels", choices=[16, 32, 48, 64, 96, 128])
@@ -493,13 +493,15 @@ def make_parser():
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     device = "cuda" if cuda else "mps" if mps else "cpu"
     flag("--device", device, "where to compute", choices=sorted({device, "cpu"}))
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # which new versions of PyTorch have
-    half = torch.cuda.is_bf16_supported(False) if cuda else cpu.get("avx512_bf16", False)
-    dtype = "bfloat16" if half else "float32"  # not where it would be emulated
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # only new versions of PyTorch have it
+    bfloat16 = cpu.get("avx512_bf16", False)
+    if cuda:
+        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = "bfloat16" if bfloat16 else "float32"
     flag("--dtype", dtype, "of the network", choices=["float32", "bfloat16"])
     add("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="when training")
-    some = 64 if device == "cpu" else 1024  # so few stay in the caches of a CPU
-    flag("--micro-batch", some, "images at a time; a step adds up their gradients")
+    micro_batch = 64 if device == "cpu" else 1024  # so few stay in a CPU's caches
+    flag("--micro-batch", micro_batch, "images at a time; a step adds up their gradients")
     return parser
 
 
@@ -514,17 +516,16 @@ def open_run(parser, args, path):
         sys.exit(f"{args.run_dir}: another run is in it, or it cannot be written ({error})")
     if not path.exists():  # from here on, no other process changes it
         return lock, args, None
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun
-    if not args.resume and not restarted:
+    if not args.resume:
         sys.exit(f"{args.run_dir} holds a run: add --resume, or name another --run-dir")
     _, state = load(path)
     if "log" not in state:
         sys.exit(f"--resume: {path} holds weights alone, no run")
-    now = {
-        flag: vars(args)[flag] for flag in ("run_dir", "device", "dtype", "compile", "micro_batch")
-    }
-    saved = argparse.Namespace(**{**state["config"], **now})
-    return lock, parser.parse_args(namespace=saved), state  # what is typed now wins
+    config = state["config"]
+    for flag in ("run_dir", "device", "dtype", "compile", "micro_batch"):  # not those of the run
+        config[flag] = vars(args)[flag]
+    args = parser.parse_args(namespace=argparse.Namespace(**config))  # what is typed wins
+    return lock, args, state
 
 
 def main():
@@ -534,8 +535,9 @@ def main():
     out = args.out if args.out is not None else "samples.png"
     if not out.endswith((".png", ".gif", "/")):
         sys.exit(f"--out {out} must end in .png, .gif or /")
-    if min(args.n, args.steps, args.batch_size, args.micro_batch, args.max_steps, args.warmup) < 1:
-        sys.exit("numbers of images and steps must be 1 at least")
+    counts = [args.n, args.steps, args.batch_size, args.micro_batch, args.max_steps, args.warmup]
+    if min(*counts, args.ema, args.log_every, args.save_every) < 1 or args.steps > T:
+        sys.exit(f"numbers of images and steps must be 1 at least, and --steps {T} at most")
     device = torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -543,6 +545,10 @@ def main():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     own = Path(args.run_dir, "ckpt.pt")
     if drawing:
+        try:
+            Path(f"{out}x").parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            sys.exit(f"--out {out}: {error}")
         shipped = Path(__file__).with_name("checkpoints") / f"{NAME}.pt"
         path = args.ckpt or (own if own.exists() else shipped)
         model, state = load(path)

@@ -1,17 +1,20 @@
 """The promises, checked on a CPU: python -m pytest -q test_smoke.py
 
-What scripts have in common is tested once, and the last test holds it to be the same in all."""
+What several scripts have in common is tested with one of them; tests/test_alike.py holds it to be
+the same in all. Whoever changes a schedule, a target or a network finds in the message of the test
+that fails what else there is to change.
+"""
 
 import contextlib
 import csv
 import gc
 import inspect
-import io
 import itertools
 import math
 import os
 import random
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -25,7 +28,6 @@ from unittest import mock
 
 import pytest
 import torch
-from filelock import FileLock
 from PIL import Image
 
 import common
@@ -38,11 +40,20 @@ torch.set_num_threads(1)  # the order of sums is a part of "bit for bit"
 ROOT = Path(__file__).parent
 SCRIPTS = [ddpm, ddim, dit, uvit]
 TRANSFORMERS = [dit, uvit]
-NETWORKS = {ddpm: partial(ddpm.UNet, 16), ddim: partial(ddim.UNet, 16)}
-NETWORKS |= {dit: partial(dit.DiT, 16, 2, 2, 8), uvit: partial(uvit.UViT, 16, 2, 2, 8)}
+NETWORKS = {
+    ddpm: partial(ddpm.UNet, 16),
+    ddim: partial(ddim.UNet, 16),
+    dit: partial(dit.DiT, 16, 2, 2, 8),
+    uvit: partial(uvit.UViT, 16, 2, 2, 8),
+}
 CPU = "--device cpu --dtype float32 --no-compile -n 4 --steps 2 "
 TINY = "--batch-size 8 --log-every 2 --sample-every 0 --warmup 2 --dim 16 "
 SHAPE = dict.fromkeys(TRANSFORMERS, "--depth 2 --heads 2 --patch 8 ")
+LINEAR = common.linear_schedule()
+COSINE = common.cosine_schedule()
+RETRAIN = (
+    "If you meant to change this, train, put the weights into checkpoints/, and adapt the test"
+)
 
 
 @pytest.fixture(params=SCRIPTS, ids=lambda script: script.NAME)
@@ -54,7 +65,9 @@ def script(request):
 def new_folder(tmp_path, monkeypatch):
     """Each test starts where eight classes of images are, and leaves no signal handler."""
     monkeypatch.chdir(tmp_path)
-    write_folders("data", *[f"{split}/{k}" for split in ("train", "test") for k in "abcdefgh"])
+    torch.manual_seed(0)
+    for split in ("train", "test"):
+        write_folders("data", *[f"{split}/{name}" for name in "abcdefgh"])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():
@@ -69,9 +82,10 @@ def random_images(*shape, seed=0):
 def write_folders(root, *names):
     """0.png in each folder, of noise with the folder's number for a seed."""
     for seed, name in enumerate(names):
-        Path(root, name).mkdir(parents=True, exist_ok=True)
-        noise = random_images(32, 32, 3, seed=seed).numpy()
-        Image.fromarray(noise).save(Path(root, name, "0.png"))
+        folder = Path(root, name)
+        folder.mkdir(parents=True, exist_ok=True)
+        noise = random_images(32, 32, 3, seed=seed)
+        Image.fromarray(noise.numpy()).save(folder / "0.png")
 
 
 def pixels(path):
@@ -83,11 +97,23 @@ def pixels(path):
 
 def network(script, std=0.05):
     """A small network whose weights are all random."""
-    torch.manual_seed(0)
     net = NETWORKS[script]()
     for weight in net.parameters():
         torch.nn.init.normal_(weight, std=std)
     return net
+
+
+def random_input(script, batch_size):
+    return torch.randn(batch_size, script.CHANNELS, script.SIZE, script.SIZE)
+
+
+def shipped(script):
+    """The network with the weights in checkpoints/."""
+    try:
+        model, _ = script.load(ROOT / "checkpoints" / f"{script.NAME}.pt")
+    except SystemExit as error:
+        pytest.fail(f"{error}. {RETRAIN}")
+    return model
 
 
 def parse(script, flags=""):
@@ -106,17 +132,15 @@ def train(script, run, steps, flags=""):
 
 
 def refused(script, flags):
-    """The one line that the script has to say."""
-    code, errors = 0, io.StringIO()
-    with contextlib.redirect_stderr(errors):
-        try:
-            run_script(script, flags)
-        except SystemExit as stop:
-            code = stop.code
-    text = errors.getvalue()
-    assert (code, text.count("\n")) == (2, 1), text
-    assert text.startswith(f"{script.NAME}.py: ")
-    return text
+    """The one line that the script has to say; Python prints it and exits with 1."""
+    with pytest.raises(SystemExit) as caught:
+        run_script(script, flags)
+    line = caught.value.code
+    assert isinstance(line, str)
+    assert "\n" not in line
+    del caught
+    gc.collect()  # the exception knows its frames, and one of them holds the lock of the run
+    return line
 
 
 @contextlib.contextmanager
@@ -131,65 +155,63 @@ def interrupted(script, step, number=signal.SIGTERM):
 
     with mock.patch.object(script, "learning_rate", interrupt):
         yield
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the handlers hold the run, and it the lock
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    gc.collect()
 
 
 def load(run):
+    """The checkpoint and the rows of the log of a run."""
     with open(Path(run, "log.csv")) as file:
-        return torch.load(Path(run, "ckpt.pt"), weights_only=True), [*csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    return torch.load(Path(run, "ckpt.pt"), weights_only=True), rows
 
 
 def assert_same(a, b, tolerance=0.0):
+    """Two checkpoints hold the same weights, averages and state of the optimizers."""
     assert (a["step"], a["images"]) == (b["step"], b["images"])
     for part in ("model", "ema", "optimizer", "muon"):
         if part in a:
-            one, other = [state[part].get("state", state[part]) for state in (a, b)]
+            one = a[part].get("state", a[part])
+            other = b[part].get("state", b[part])
             torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
 
 
-# ---- Data, schedules and randomness (common.py)
+# ---- Data, schedules and randomness (common.py; more of it in tests/test_data.py)
 
 
 def test_mnist_files():
     raw = Path("new/MNIST/raw")
     raw.mkdir(parents=True)
+    pixels = random_images(20, 28, 28)
     for split in ("train", "t10k"):
-        images = struct.pack(">4i", 2051, 20, 28, 28) + random_images(20, 28, 28).numpy().tobytes()
+        images = struct.pack(">4i", 2051, 20, 28, 28) + pixels.numpy().tobytes()
         labels = struct.pack(">2i", 2049, 20) + bytes(range(10)) * 2
         (raw / f"{split}-images-idx3-ubyte").write_bytes(images)
         (raw / f"{split}-labels-idx1-ubyte").write_bytes(labels)
     (images, labels), test_set, _ = common.load_data("MNIST", "new", 28, 1)
-    assert torch.equal(images, random_images(20, 28, 28)[:, None])
+    assert torch.equal(images, pixels[:, None])
     assert labels.tolist() == [*range(10), *range(10)]
     assert torch.equal(images, test_set[0])
 
 
-def test_image_folders(capsys):
-    hidden = ["train/.a", "train/__MACOSX/a", "train/a/.b", ".test/b"]
-    write_folders("new", *hidden, "train/b ö", "train/a", "train/a/deep", "val/b ö", "val/a")
-    Path("new/train/notes.txt").touch()
+def test_image_folders():
+    write_folders("new", "train/b", "train/a", "train/a/deep", "val/b", "val/a")
     (images, labels), test_set, classes = common.load_data("CIFAR10", "new", 32, 3)
-    assert capsys.readouterr().out == "new/train: 1 files are no images, such as notes.txt\n"
-    assert classes == ["a", "b ö"]
+    assert classes == ["a", "b"]
     assert labels.tolist() == [0, 0, 1]
-    for image, seed in zip([*images, *test_set[0]], [5, 6, 4, 8, 7], strict=True):
+    read = [*images, *test_set[0]]
+    for image, seed in zip(read, [1, 2, 0, 4, 3], strict=True):
         assert torch.equal(image, random_images(32, 32, 3, seed=seed).permute(2, 0, 1))
 
 
-LINEAR = common.alpha_bar(common.linear_betas())
-COSINE = common.alpha_bar(common.cosine_betas())
-
-
 def test_schedules():
-    exact = [1 - (1e-4 + (0.02 - 1e-4) * i / 999) for i in range(1000)]
-    assert LINEAR[0].item() == pytest.approx(exact[0], rel=1e-7)
-    assert LINEAR[-1] == torch.tensor(math.prod(exact))  # the float32 nearest to it
+    factors = [1 - (1e-4 + (0.02 - 1e-4) * i / 999) for i in range(1000)]
+    assert LINEAR[0].item() == pytest.approx(factors[0], rel=1e-7)
+    assert LINEAR[-1].item() == pytest.approx(math.prod(factors), rel=1e-6)
     f = [math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(1000)]
     assert COSINE[0].item() == pytest.approx(f[1] / f[0], rel=1e-7)
     assert COSINE[-1].item() == pytest.approx(f[999] / f[0] * 0.001, rel=1e-6)
-    for a in (LINEAR, COSINE, common.alpha_bar(common.cosine_betas(4000))):
+    flow = common.flow_schedule()
+    assert flow[[0, 499, 999]].tolist() == pytest.approx([0.999999, 0.500999, 1e-6], rel=1e-5)
+    for a in (LINEAR, COSINE, flow, common.cosine_schedule(4000)):
         assert 0 < a.min() <= a.max() < 1
         assert (a.diff() < 0).all()
 
@@ -197,25 +219,28 @@ def test_schedules():
 def test_a_batch_is_a_function_of_seed_and_step():
     images = random_images(2000, 1, 2, 2)
     draw = partial(common.batch, images, torch.arange(2000), 10, 6000)
+    whole = draw(3, 5)
     shares = [draw(3, 5, rank=rank, world=4) for rank in range(4)]
     others = [draw(3, 6), draw(4, 5), draw(5, 3)]
-    for i, part in enumerate(draw(3, 5)):
+    for i, part in enumerate(whole):
         assert torch.equal(part, torch.cat([share[i] for share in shares]))
         for other in others:
             assert not torch.equal(part, other[i])
-    x0, y, t, noise, u = draw(3, 5)
+    x0, y, t, noise, u = whole
     assert torch.equal(x0, images[y] / 127.5 - 1)
     assert noise.std() == pytest.approx(1, abs=0.03)
     assert t.bincount(minlength=10).min() > 500  # 600 on average
     assert (u.T.corrcoef() - torch.eye(12)).abs().max() < 0.06
 
 
-# ---- Samplers, where the best denoiser is known: for data N(mean, std^2) it is linear in x_t
-MEAN, STD = 0.4, 0.5
+# ---- Samplers, where the best denoiser is known: for data N(MEAN, STD^2) it is linear in x_t
+
+MEAN = 0.4
+STD = 0.5
 
 
 def gaussian(a):
-    a = a.view(-1, 1, 1, 1)
+    """denoise(x_t, t) -> the mean of x0 given x_t, for the schedule a."""
 
     def denoise(x_t, t):
         gain = a[t].sqrt() * STD**2 / (a[t] * STD**2 + 1 - a[t])
@@ -224,35 +249,40 @@ def gaussian(a):
     return denoise
 
 
-def moments(sample, steps, **options):
-    """The exact mean and variance of what is drawn, for it is affine in its noises, a row each."""
-    a, numbers = LINEAR.double(), itertools.count(2)
+def moments(sample, steps):
+    """The exact mean and variance of what a sampler draws.
+
+    Its image is a constant plus a sum of noises, each times a number. They are found by a batch:
+    the first row has no noise, and each other row has one of the noises, which is 1.
+    """
+    a = LINEAR.double()
+    rows = itertools.count(2)
     x = torch.full((steps + 2, 1, 1, 1), a[-1].sqrt().item() * MEAN, dtype=torch.float64)
     x[1] += (a[-1] * STD**2 + 1 - a[-1]).sqrt()
 
-    def alone(x):
+    def noise_in_the_next_row(x):
         noise = torch.zeros_like(x)
-        noise[next(numbers)] = 1
+        noise[next(rows)] = 1
         return noise
 
-    out = sample(gaussian(a), x, a, steps, randn=alone, **options).flatten()
+    out = sample(gaussian(a), x, a, steps, randn=noise_in_the_next_row).flatten()
     return out[0].item(), (out[1:] - out[0]).square().sum().item()
 
 
-WAYS = [(dit.ddim_sample, {}), (dit.ddim_sample, {"eta": 1}), (dit.ddpm_sample, {})]
+WALKS = [dit.ddim_sample, dit.ddpm_sample, ddpm.ddim_sample, ddpm.ddpm_sample]
 
 
-@pytest.mark.parametrize("sample, options", WAYS)
-def test_samplers_are_first_order(sample, options):
+@pytest.mark.parametrize("sample", WALKS)
+def test_samplers_are_first_order(sample):
     """The error halves when the steps double, and mean and variance of the data come out."""
     errors = []
     for steps in (50, 100, 200, 400):
-        mean, variance = moments(sample, steps, **options)
+        mean, variance = moments(sample, steps)
         assert mean == pytest.approx(MEAN, abs=2 / steps)
         errors.append(abs(variance - STD**2))
     for before, after in itertools.pairwise(errors):
         assert 0.4 < after / before < 0.62
-    assert moments(sample, 1000, **options) == pytest.approx((MEAN, STD**2), abs=5e-3)
+    assert moments(sample, 1000) == pytest.approx((MEAN, STD**2), abs=5e-3)
 
 
 def posterior(x0, x_t, a_t, a_s):
@@ -264,206 +294,411 @@ def posterior(x0, x_t, a_t, a_s):
 
 
 @pytest.mark.parametrize("steps", [100, 30])
-@pytest.mark.parametrize("sample, options", WAYS[1:])
-def test_each_step_is_a_draw_from_the_posterior(sample, options, steps):
-    """Of DDPM, and of DDIM where eta is 1; but the last gives the estimate of the image."""
-    a = common.alpha_bar(common.linear_betas(100, 1e-3, 0.1)).double()
+@pytest.mark.parametrize("sample", [dit.ddpm_sample, ddpm.ddpm_sample])
+def test_each_step_of_ddpm_is_a_draw_from_the_posterior(sample, steps):
+    """But the last gives the estimate of the image."""
+    a = common.linear_schedule(100, 1e-3, 0.1).double()
     noise = torch.randn(steps, 4, 1, 2, 2, dtype=torch.float64)
-    draws, seen = iter(noise[1:]), []
+    unused = iter(noise[1:])
+    seen = []
 
     def denoise(x_t, t):
-        seen.append((t[0].item(), x_t, gaussian(a)(x_t, t)))
-        return seen[-1][-1]
+        x0 = gaussian(a)(x_t, t)
+        seen.append((t, x_t, x0))
+        return x0
 
-    image = sample(denoise, noise[0], a, steps, randn=lambda x: next(draws), **options)
+    image = sample(denoise, noise[0], a, steps, randn=lambda x: next(unused))
     assert [t for t, _, _ in seen] == [round(100 * i / steps) - 1 for i in range(steps, 0, -1)]
-    assert next(draws, None) is None
-    for k, ((t, x_t, x0), (s, x_s, _)) in enumerate(itertools.pairwise(seen), start=1):
+    assert next(unused, None) is None
+    for k, (now, then) in enumerate(itertools.pairwise(seen), start=1):
+        t, x_t, x0 = now
+        s, x_s, _ = then
         mean, variance = posterior(x0, x_t, a[t], a[s])
         torch.testing.assert_close(x_s, mean + variance.sqrt() * noise[k])
     torch.testing.assert_close(image, seen[-1][-1])
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_eta_scales_the_noise_of_a_step(eta):
+    """Song et al. 2020, eq. 12 and 16: sigma is eta times that of the posterior."""
+    a = common.linear_schedule(10, 0.01, 0.2).double()
+    x = torch.randn(4, 1, 2, 2, dtype=torch.float64)
+    x0 = torch.full_like(x, 0.3)
+    noise = torch.randn_like(x)
+    denoise = mock.Mock(return_value=x0)
+    dit.ddim_sample(denoise, x, a, steps=2, eta=eta, randn=lambda x: noise)
+    (_, first), (x_next, second) = [call.args for call in denoise.call_args_list]
+    assert (first, second) == (9, 4)
+    _, variance = posterior(x0, x, a[9], a[4])
+    sigma = eta * variance.sqrt()
+    eps = (x - a[9].sqrt() * x0) / (1 - a[9]).sqrt()
+    expected = a[4].sqrt() * x0 + (1 - a[4] - sigma**2).sqrt() * eps + sigma * noise
+    torch.testing.assert_close(x_next, expected)
+
+
 def test_dpm_solver_is_second_order():
     """A quarter of the error as the steps double, though one is three times as long as the next."""
-    errors, z = [], torch.linspace(-2, 2, 5, dtype=torch.float64).view(5, 1, 1, 1)
+    errors = []
+    z = torch.linspace(-2, 2, 5, dtype=torch.float64)
     for steps in (10, 20, 40):
         long_and_short = torch.tensor([0, *[1.5, 0.5] * steps], dtype=torch.float64)
         a = (8 - 8 * long_and_short.cumsum(0) / steps).sigmoid()  # lambda from 4 to -4
-        x, image = [b.sqrt() * MEAN + (b * STD**2 + 1 - b).sqrt() * z for b in (a[-1], a[0])]
-        best = gaussian(a)(image, torch.zeros(5, dtype=torch.int64))
-        errors.append((dit.dpm_solver_sample(gaussian(a), x, a, 1000) - best).abs().max())
+        noisy = a[-1].sqrt() * MEAN + (a[-1] * STD**2 + 1 - a[-1]).sqrt() * z
+        image = a[0].sqrt() * MEAN + (a[0] * STD**2 + 1 - a[0]).sqrt() * z
+        drawn = dit.dpm_solver_sample(gaussian(a), noisy, a, 1000)
+        errors.append((drawn - gaussian(a)(image, 0)).abs().max())
     assert errors[0] < 0.01
     for before, after in itertools.pairwise(errors):
         assert 3.3 < before / after < 4.7
-    a = torch.tensor([4.0, 1.0, -5.0]).sigmoid()  # a step of 3 in lambda from x0 = 0, one of 1.5
-    image = dit.dpm_solver_sample(lambda x, t: [x, x + 1, x][t], torch.zeros(1, 1, 1, 1), a, 99)
-    assert image.item() == pytest.approx(1.25 * math.sqrt(a[0]) * (1 - math.exp(-1.5)))
+
+
+def test_dpm_solver_by_hand():
+    """A step of 3 in lambda, from x = 0 with x0 = 0; then one of 1.5 with x0 = 1."""
+    a = torch.tensor([4.0, 1.0, -5.0]).sigmoid()
+
+    def denoise(x_t, t):
+        return x_t + 1 if t == 1 else x_t
+
+    image = dit.dpm_solver_sample(denoise, torch.zeros(1, 1, 1, 1), a, 99)
+    d = 1 + 1.5 / (2 * 3)  # algorithm 2
+    assert image.item() == pytest.approx(d * math.sqrt(a[0]) * (1 - math.exp(-1.5)))
 
 
 @pytest.mark.parametrize("steps, first", [(7, 1.0), (15, COSINE[0].item())])
 def test_dpm_solver_takes_as_many_steps_as_asked(steps, first):
-    a = torch.cat([torch.tensor([first]), COSINE[1:]])
+    a = COSINE.clone()
+    a[0] = first
     denoise = mock.Mock(side_effect=lambda x_t, t: x_t)
-    assert dit.dpm_solver_sample(denoise, torch.randn(1, 1, 2, 2), a, steps).isfinite().all()
-    times = [call.args[1].item() for call in denoise.call_args_list]
+    image = dit.dpm_solver_sample(denoise, torch.randn(1, 1, 2, 2), a, steps)
+    assert image.isfinite().all()
+    times = [call.args[1] for call in denoise.call_args_list]
     assert len(times) == steps
     assert times == sorted(set(times), reverse=True)
 
 
 def test_inversion_returns():
     """Image -> noise -> image, better in proportion to the steps."""
-    errors, x0 = [], torch.linspace(-1, 1, 5).view(5, 1, 1, 1)
+    errors = []
+    x0 = torch.linspace(-1, 1, 5).view(5, 1, 1, 1)
     for steps in (25, 50, 100):
         noise = ddim.ddim_invert(gaussian(COSINE), x0, COSINE, steps)
         again = ddim.ddim_sample(gaussian(COSINE), noise, COSINE, steps)
         errors.append((again - x0).abs().max())
         assert (noise - (x0 - MEAN) / STD).abs().max() < 5 / steps  # the ODE keeps the quantiles
     assert errors[0] < 0.2
-    assert errors[2] < 0.55 * errors[1] < 0.55**2 * errors[0]
+    assert errors[1] < 0.55 * errors[0]
+    assert errors[2] < 0.55 * errors[1]
+
+
+# ---- The loss, the denoiser and guidance
 
 
 def test_what_the_loss_asks_for_is_what_the_denoiser_takes(script):
     """The noise in ddpm, v elsewhere; x0 is clipped, and x_t is not."""
-    a, t = script.schedule(), torch.tensor([0, 20, 500, 900])
-    assert a.equal(COSINE)
-    alpha, sigma = [share.sqrt().view(4, 1, 1, 1) for share in (a[t], 1 - a[t])]
+    a = script.schedule()
+    assert torch.equal(a, COSINE), f"{script.NAME} has another schedule. {RETRAIN}"
+    t = torch.tensor([0, 20, 500, 900])
+    alpha = a[t].sqrt().view(4, 1, 1, 1)
+    sigma = (1 - a[t]).sqrt().view(4, 1, 1, 1)
     x0 = random_images(4, 1, 2, 2) / 127.5 - 1
     noise = torch.randn_like(x0)
     x_t = alpha * x0 + sigma * noise
-    answer = noise if script is ddpm else alpha * noise - sigma * x0
+    answer = alpha * noise - sigma * x0
+    weight = 1.0
+    if script is ddpm:
+        answer = noise
+        weight = 9.34  # the mean of 1.00, 1.00, 2.03 and 33.33
     perfect = mock.Mock(return_value=answer)
-    assert script.loss(perfect, x0, None, t, noise, a) == 0
-    torch.testing.assert_close(perfect.call_args.args[0], x_t)
     wrong = mock.Mock(return_value=answer + 1)
-    weight = 9.34 if script is ddpm else 1  # the mean of 1.00, 1.00, 2.03 and 33.33
-    assert script.loss(wrong, x0, None, t, noise, a) == pytest.approx(weight, 1e-3)
+    advice = f"{script.NAME} predicts something else. {RETRAIN}"
+    assert script.loss(perfect, x0, None, t, noise, a) == pytest.approx(0, abs=1e-10), advice
+    torch.testing.assert_close(perfect.call_args.args[0], x_t)
+    assert script.loss(wrong, x0, None, t, noise, a) == pytest.approx(weight, 1e-3), advice
     denoise = script.denoiser(perfect, a)
-    torch.testing.assert_close(denoise(x_t, t), x0, atol=1e-4, rtol=0)
+    assert (denoise(x_t, t) - x0).abs().max() < 1e-4, advice
     assert denoise(x_t + 9, t).max() == 1
 
 
-@pytest.mark.parametrize("script", [ddim, dit])
-def test_guidance_acts_in_its_interval(script):
-    """v = v_null + guidance (v - v_null), of one batch, where here v is y / 100."""
-    model = mock.Mock(num_classes=9, side_effect=lambda x, t, y: y.view(-1, 1, 1, 1) / 100)
-    y, options, null = torch.tensor([[1]]), {}, 0
-    if script is dit:
-        y, options, null = y[0], {"interval": (0.8, 0.2)}, 9
-    for guidance, t, inside in [(3, 801, 0), (3, 800, 1), (0, 200, 1), (3, 199, 0), (1, 500, 0)]:
-        guided = guidance != 1 if script is ddim else inside
-        denoise = script.denoiser(model, COSINE, y, guidance, **options)
-        v = -denoise(torch.zeros(1, 1, 1, 1), torch.tensor([t])) / (1 - COSINE[t]).sqrt()
-        expected = null + guidance * (1 - null) if guided else 1
-        assert v.item() == pytest.approx(expected / 100)
-        assert len(model.call_args.args[0]) == (2 if guided else 1)
+@pytest.mark.parametrize("script", [ddim, dit, uvit])
+def test_what_means_something_else_is_refused(script, monkeypatch):
+    """The shipped weights, once schedule, target or the way back to x0 have changed."""
+
+    def linear(device="cpu"):
+        return LINEAR
+
+    def noise_in_place_of_v(model, x0, y, t, noise, a):
+        x_t = a[t].sqrt() * x0 + (1 - a[t]).sqrt() * noise
+        return (model(x_t, t, y) - noise).square().mean()
+
+    def x0_in_place_of_v(model, a, y=None):
+        return lambda x_t, t: model(x_t, t, y)
+
+    path = ROOT / "checkpoints" / f"{script.NAME}.pt"
+    shipped(script)
+    changes = {"schedule": linear, "loss": noise_in_place_of_v, "denoiser": x0_in_place_of_v}
+    for name, change in changes.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(script, name, change)
+            with pytest.raises(SystemExit, match="it means "):
+                script.load(path)
+
+
+def test_what_means_something_else_is_refused_by_ddpm(monkeypatch):
+    path = ROOT / "checkpoints" / "ddpm_unet_mnist.pt"
+    shipped(ddpm)
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "cosine_schedule", common.linear_schedule)
+        with pytest.raises(SystemExit, match="it means "):
+            ddpm.load(path)
+    for name in ("loss", "denoiser"):
+        with monkeypatch.context() as patch:
+            patch.setattr(ddpm, name, getattr(dit, name))
+            with pytest.raises(SystemExit, match="it means "):
+                ddpm.load(path)
+
+
+def test_words_that_mean_something_else_are_refused(monkeypatch):
+    monkeypatch.setattr(ddim, "WORDS", [*reversed(ddim.WORDS)])
+    with pytest.raises(SystemExit, match="it means "):
+        ddim.load(ROOT / "checkpoints" / "ddim_unet_mnist.pt")
+
+
+def with_or_without_y(x_t, t, y=None):
+    """What a network may answer: 0.03 with a condition, 0.01 without."""
+    return torch.full_like(x_t, 0.01 if y is None else 0.03)
+
+
+def guided(script, t, *options):
+    """The v that the denoiser takes, at time t."""
+    denoise = script.denoiser(with_or_without_y, COSINE, torch.tensor([1]), *options)
+    x0 = denoise(torch.zeros(1, 1, 1, 1), t)
+    return (-x0 / (1 - COSINE[t]).sqrt()).item()
+
+
+def test_guidance():
+    """v_null + guidance (v - v_null)."""
+    for script in (ddim, dit):
+        assert guided(script, 500, 3) == pytest.approx(0.07)
+        assert guided(script, 500, 1) == pytest.approx(0.03)
+        assert guided(script, 500, 0) == pytest.approx(0.01)
+    assert guided(ddim, 999, 3) == pytest.approx(0.07)
+
+
+@pytest.mark.parametrize("interval", [(0.2, 0.8), (0.8, 0.2)])
+def test_guidance_acts_in_its_interval(interval):
+    assert guided(dit, 801, 3, interval) == pytest.approx(0.03)
+    assert guided(dit, 800, 3, interval) == pytest.approx(0.07)
+    assert guided(dit, 200, 3, interval) == pytest.approx(0.07)
+    assert guided(dit, 199, 3, interval) == pytest.approx(0.03)
+
+
+def calls_of_the_network(script, y, flags):
+    """How often write() calls the network, with a class or a prompt and without."""
+    model = mock.Mock(side_effect=with_or_without_y)
+    args = parse(script, "--sampler ddim --steps 10 " + flags)  # at t = 999, 899, .. 99
+    script.write(model, COSINE, args, [y], "x.png")
+    asked = [len(call.args) for call in model.call_args_list]
+    return asked.count(3), asked.count(2)
+
+
+def test_guidance_reaches_the_drawing():
+    seven = ddim.tokenize("7")
+    assert calls_of_the_network(ddim, seven, "--guidance 1") == (10, 0)
+    assert calls_of_the_network(ddim, seven, "--guidance 3") == (10, 10)
+    assert calls_of_the_network(dit, 7, "--guidance 1") == (10, 0)
+    assert calls_of_the_network(dit, 7, "--guidance 3 --guidance-interval 0.2 0.8") == (10, 6)
+    assert calls_of_the_network(dit, 7, "--guidance 3 --guidance-interval 0 0.3") == (10, 3)
 
 
 # ---- Networks
 
 
 def test_network(script):
-    net, t = network(script, std=0.15), torch.tensor([0, 3, 500, 999])
-    x = torch.randn(4, script.CHANNELS, script.SIZE, script.SIZE)
+    net = network(script, std=0.15)
+    x = random_input(script, 4)
+    t = torch.tensor([0, 3, 500, 999])
     out = net(x, t)
-    assert (out.shape, out.dtype) == (x.shape, torch.float32)
+    assert out.shape == x.shape
+    assert out.dtype == torch.float32
     torch.testing.assert_close(net(x[1:3], t[1:3]), out[1:3], atol=1e-5, rtol=1e-5)  # no leak
     assert (net(x, t.flip(0)) - out).abs().max() > 1e-4
     out.square().sum().backward()
     for name, weight in net.named_parameters():
         assert weight.grad.abs().max() > 0, name
-    with pytest.raises(ValueError, match="images are "):
-        net(x[..., 1:], t)
 
 
-@pytest.mark.parametrize("script", SCRIPTS[1:])
+@pytest.mark.parametrize("script", [ddim, dit, uvit])
 def test_the_network_minds_y_and_nothing_in_particular_is_the_default(script):
-    net, x = network(script, std=0.15), torch.randn(1, script.CHANNELS, script.SIZE, script.SIZE)
-    kinds = [*range(11)]
+    net = network(script, std=0.15)
+    x = random_input(script, 1)
+    t = torch.tensor([500])
+    kinds = list(range(11))
     if script is ddim:
         kinds = [ddim.tokenize(prompt) for prompt in ("7", "8", "thick 7", "7 thick", "")]
-    outs = [net(x, torch.tensor([500]), torch.tensor([kind])) for kind in kinds]
-    torch.testing.assert_close(net(x, torch.tensor([500])), outs[-1])
+    outs = [net(x, t, torch.tensor([kind])) for kind in kinds]
+    torch.testing.assert_close(net(x, t), outs[-1])
     for one, other in itertools.combinations(outs, 2):
         assert (one - other).abs().max() > 1e-4
 
 
-def test_zero_start_and_parameter_counts_of_the_papers():
+FINGERPRINTS = {
+    ddpm: [0.48215, 1.38276, -0.37814],
+    ddim: [0.06551, 0.88111, 0.29939],
+    dit: [0.04879, 0.56977, -0.14721],
+    uvit: [0.03353, 0.56828, -0.14582],
+}
+
+
+def test_the_networks_compute_what_they_did(script):
+    """With the shipped weights: mean, spread and one number of the answer to a fixed input."""
+    x = random_input(script, 2)
+    t = torch.tensor([300, 700])
+    y = torch.tensor([3, 7])
+    if script is ddim:
+        y = torch.tensor([ddim.tokenize("a thick red 3 on blue"), ddim.tokenize("7")])
+    with torch.no_grad():
+        out = shipped(script)(x, t, y)
+    found = [out.mean().item(), out.std().item(), out[1, 0, 14, 14].item()]
+    advice = f"the network of {script.NAME} computes {found}. {RETRAIN}"
+    assert found == pytest.approx(FINGERPRINTS[script], abs=2e-4), advice
+
+
+def test_networks_start_from_zero():
     for script in (ddpm, ddim, dit):
-        x = torch.randn(2, script.CHANNELS, script.SIZE, script.SIZE)
-        assert NETWORKS[script]()(x, torch.tensor([3, 500])).equal(x * (script is ddpm))
-    x, c = torch.randn(2, 16, 16), torch.randn(2, 16)
-    assert torch.equal(dit.DiT(16, 2, 2, 8).blocks[1](x, c), x)  # adaLN-Zero: all gates are shut
-    for net, count in ((dit.DiT(384, 12, 6, 2), 32.48e6), (uvit.UViT(512, 12, 8, 2), 44.26e6)):
-        assert sum(map(torch.numel, net.parameters())) == pytest.approx(count, abs=2e4)
+        net = NETWORKS[script]()
+        x = random_input(script, 2)
+        first_guess = x if script is ddpm else torch.zeros_like(x)
+        assert torch.equal(net(x, torch.tensor([3, 500])), first_guess)
+    x = torch.randn(2, 16, 16)
+    c = torch.randn(2, 16)
+    assert torch.equal(NETWORKS[dit]().blocks[1](x, c), x)  # adaLN-Zero: all gates are shut
+
+
+def test_parameter_counts_of_the_papers():
+    dit_s_2 = dit.DiT(384, 12, 6, 2)
+    uvit_s_2 = uvit.UViT(512, 12, 8, 2)
+    for net, count in ((dit_s_2, 32.48e6), (uvit_s_2, 44.26e6)):
+        found = sum(map(torch.numel, net.parameters()))
+        assert found == pytest.approx(count, abs=2e4), f"{found}: adapt this and the docstring"
 
 
 def test_attention_by_hand():
     """Over the words of a prompt: their values, in proportion to the weights, in two heads."""
-    layer, x, text = ddim.CrossAttention(64, 8), torch.randn(1, 64, 7, 7), torch.randn(1, 5, 8)
+    layer = ddim.CrossAttention(64, 8)
     for weight in layer.parameters():
         torch.nn.init.normal_(weight, std=0.5)
+    x = torch.randn(1, 64, 7, 7)
+    text = torch.randn(1, 5, 8)
     q = layer.q(layer.norm(x).flatten(2).mT)
     k, v = layer.kv(text).chunk(2, dim=-1)
     heads = []
     for head in (slice(0, 32), slice(32, 64)):
-        weights = (q[..., head] @ k[..., head].mT / math.sqrt(32)).softmax(dim=-1)
-        heads.append(weights @ v[..., head])
+        scores = q[..., head] @ k[..., head].mT / math.sqrt(32)
+        heads.append(scores.softmax(dim=-1) @ v[..., head])
     expected = x + layer.out(torch.cat(heads, dim=-1)).mT.view_as(x)
     torch.testing.assert_close(layer(x, text), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch has Muon since 2.9")
-def test_muon_is_that_of_pytorch():
-    ours = [*torch.zeros(2, 24, 2, 2, 2), torch.zeros(8, 36)]
-    theirs = [w.flatten(1).clone() for w in ours]
-    one = dit.Muon(ours, {"lr": 0.01})
+@pytest.mark.parametrize("script", [ddpm, dit])
+def test_muon_is_that_of_pytorch(script):
+    """For tall matrices and wide ones, two of one shape, and kernels, which it flattens."""
+    shapes = [(24, 8, 2, 2), (24, 8, 2, 2), (8, 4, 3, 3), (8, 36), (64, 16)]
+    ours = [torch.zeros(shape) for shape in shapes]
+    theirs = [weight.flatten(1).clone() for weight in ours]
+    one = script.Muon(ours, {"lr": 0.01})
     other = torch.optim.Muon(theirs, 0.01, weight_decay=0, adjust_lr_fn="match_rms_adamw")
-    pairs = list(zip(ours, theirs, strict=True))
-    for _ in range(4):
-        for w, same in pairs:  # after 0, 1, 2 and 3 steps; PyTorch's are in bfloat16
-            assert w.flatten(1).dist(same) <= 0.02 * same.norm()
-            w.grad = torch.randn_like(w)
-            same.grad = w.grad.flatten(1)
+    for _ in range(3):
+        for weight, same in zip(ours, theirs, strict=True):
+            weight.grad = torch.randn_like(weight)
+            same.grad = weight.grad.flatten(1)
         one.step()
         other.step()
+        for weight, same in zip(ours, theirs, strict=True):
+            # theirs computes in bfloat16, which gives 0.019; 0.06 in place of 0.05 gives 0.03
+            assert weight.flatten(1).dist(same) < 0.025 * same.norm()
+
+
+# ---- Captions
 
 
 def stroke(width, lean):
     """A bar of `width` pixels that leans right by `lean` of its height (1, 1, 28, 28)."""
     row, column = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
     middle = 13.5 + lean * (13.5 - row)
-    ink = (width / 2 + 0.5 - (column - middle).abs()).clamp(0, 1) * ((row >= 4) & (row < 24))
+    inside = (row >= 4) & (row < 24)
+    ink = (width / 2 + 0.5 - (column - middle).abs()).clamp(0, 1) * inside
     return (2 * ink - 1)[None, None]
 
 
-STROKES = [(4, -0.3, "a thick green {} leaning left on black")]
-STROKES += [(1.5, 0.3, "a thin green {} leaning right on black"), (2.4, 0, "a green {} on black")]
+THICK = stroke(4, -0.3)
+U = [0.2, 0.01, 0.22, 0.23, 0.24, 0.25, 0.26, 0.4, 0.3, 0.29, 0.28, 0.99]  # all different
 
 
-@pytest.mark.parametrize("width, lean, caption", STROKES)
-def test_captions_are_read_off_the_image(width, lean, caption):
+def caption(image, digit, u):
+    """What the caption of one image says."""
+    _, tokens = ddim.illustrate(image, torch.tensor([digit]), torch.tensor([u]))
+    return " ".join(ddim.WORDS[token] for token in tokens[0] if token)
+
+
+def test_captions_are_read_off_the_image():
+    assert caption(THICK, 7, U) == "a thick green seven leaning left on white"
+    assert caption(stroke(1.5, 0.3), 7, U) == "a thin green seven leaning right on white"
+    assert caption(stroke(2.4, 0), 7, U) == "a green seven on white"
     for k, name in enumerate(ddim.DIGITS):
-        for u, words in ((0.49, caption.format(name)), (0.6, str(k)), (0.0999, "")):
-            y = torch.tensor([k])
-            u = torch.full((1, 12), u)
-            if k == 4:  # a green 4 is held out, and white comes in its place
-                words = words.replace("green", "white").replace("black", "yellow")
-            _, tokens = ddim.illustrate(stroke(width, lean), y, u)
-            assert tokens[0].tolist() == ddim.tokenize(words)
+        assert name in caption(THICK, k, U).split()
+
+
+@pytest.mark.parametrize(
+    ("which", "number", "words"),
+    [
+        (0, 0.0999, ""),
+        (0, 0.9, "a thick green seven leaning left on white"),
+        (1, 0.9, "a thick green seven leaning left on white"),
+        (2, 0.74, "a thick green seven leaning left on white"),
+        (2, 0.76, "thick green leaning left on white"),
+        (3, 0.6, "thick green seven leaning left on white"),
+        (4, 0.6, "a green seven leaning left on white"),
+        (5, 0.6, "a thick green seven on white"),
+        (6, 0.6, "a thick green 7 leaning left on white"),
+        (7, 0.8, "a thick white seven leaning left on orange"),
+        (8, 0.8, "a thick green seven leaning left on orange"),
+        (9, 0.6, "a thick seven leaning left on white"),
+        (10, 0.6, "a thick green seven leaning left"),
+        (11, 0.1, "a thick green seven leaning left on white"),
+    ],
+)
+def test_each_chance_decides_one_thing(which, number, words):
+    u = U.copy()
+    u[which] = number
+    assert caption(THICK, 7, u) == words
+
+
+def test_images_are_painted_as_the_caption_says():
+    image, _ = ddim.illustrate(THICK, torch.tensor([7]), torch.tensor([U]))
+    green = ddim.PALETTE[ddim.COLOURS.index("green"), :, 0, 0]
+    white = ddim.PALETTE[ddim.COLOURS.index("white"), :, 0, 0]
+    torch.testing.assert_close(image[0, :, 13, 13], green)
+    torch.testing.assert_close(image[0, :, 0, 0], white)
+
+
+def test_a_pair_that_is_held_out_is_not_trained_on():
+    """No green 4: it is white, and the paper follows."""
+    assert caption(THICK, 4, U) == "a thick white four leaning left on orange"
 
 
 def test_tokenize():
     words = [ddim.WORDS[token] for token in ddim.tokenize("An  8 on BLUE")]
     assert words == ["a", "8", "on", "blue", "", "", "", ""]
-    for prompt, named in (("a pink 7", "'pink' is not known"), ("a " * 8 + "7", "'7' is one too")):
-        with pytest.raises(ValueError, match=named):
-            ddim.tokenize(prompt)
+    with pytest.raises(ValueError, match="'pink' is not known"):
+        ddim.tokenize("a pink 7")
+    with pytest.raises(ValueError, match="'7' is one too many"):
+        ddim.tokenize("a " * 8 + "7")
 
 
 def test_interpolation_is_slerp():
-    args = parse(ddim, "--seed 3 -n 10")
-    x = ddim.interpolated_noise(args, 2, range(10), "cpu").flatten(1)  # image i is in row i % 2
+    """Image i is in row i % 2; row r goes from noise 2r to noise 2r + 1."""
+    x = next(ddim.interpolated_noises(3, range(10), 2, 10, "cpu")).flatten(1)
     ends = next(common.noises(3, range(4), (3, 28, 28))).flatten(1)
     torch.testing.assert_close(x[[0, 8, 1, 9]], ends)
     angles = torch.cosine_similarity(x[2:], x[:-2]).acos()
@@ -476,37 +711,126 @@ def test_interpolation_is_slerp():
 
 def test_learning_rate():
     args = parse(dit, "--warmup 100 --max-steps 100000 --lr 1")
-    rates = [dit.learning_rate(step, args) for step in (50, 100, 400, 80000, 90001, 100000)]
+    steps = (50, 100, 400, 80000, 90001, 100000)
+    rates = [dit.learning_rate(step, args) for step in steps]
     assert rates == pytest.approx([0.5, 1, 0.5, 0.03536, 0.01667, 0], abs=1e-5)
 
 
+def prepared(script, batch, is_training):
+    """What a script makes of a batch before its loss sees it."""
+    x0, y, t, noise, u = batch
+    if script is ddim:
+        x0, y = ddim.illustrate(x0, y, u)
+    elif script in TRANSFORMERS and is_training:
+        y = torch.where(u[:, 0] < 0.1, 8, y)  # a tenth has the null class
+        x0 = torch.where(u[:, 1, None, None, None] < 0.5, x0.flip(-1), x0)  # half are mirrored
+    elif is_training:
+        t = t.maximum((1000 * u[:, 0]).long())
+    return x0, y, t, noise, COSINE
+
+
+def assert_equal(given, expected):
+    for one, other in zip(given, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_what_a_step_is_trained_on_and_what_is_validated(script, monkeypatch):
-    loss = mock.Mock(side_effect=script.loss)
-    clip = mock.Mock(side_effect=torch.nn.utils.clip_grad_norm_)
-    monkeypatch.setattr(script, "loss", loss)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
-    train(script, "run", 1, "--batch-size 64 --seed 5 --lr 0.1")
-    assert clip.call_args.args[1] == 1
-    trained, validated = [call.args for call in loss.call_args_list]
-    sets = common.load_data(script.DATA, "data", script.SIZE, script.CHANNELS)
-    step = common.batch(*sets[0], 1000, 64, 5, 1)
-    held_out = common.batch(*sets[1], 1000, 256, 0, 0)
-    for args, (x0, y, t, noise, u) in ((trained, step), (validated, held_out)):
-        if script is ddim:
-            x0, y = ddim.illustrate(x0, y, u)
-        elif script in TRANSFORMERS and args is trained:
-            y = torch.where(u[:, 0] < 0.1, 8, y)  # a tenth has the null class
-            x0 = torch.where(u[:, 1, None, None, None] < 0.5, x0.flip(-1), x0)  # half are mirrored
-        elif args is trained:
-            t = t.maximum((1000 * u[:, 0]).long())
-        for given, expected in zip(args[1:], (x0, y, t, noise, script.schedule()), strict=True):
-            assert torch.equal(given, expected)
+    calls = []
+    values = []
+    loss = script.loss
+
+    def noted(*args):
+        value = loss(*args)
+        calls.append(args)
+        values.append(value.item())
+        return value
+
+    monkeypatch.setattr(script, "loss", noted)
+    train(script, "run", 1, "--batch-size 64 --micro-batch 64 --seed 5 --lr 0.1")
+    _, trained, validated = calls  # the first is meaning()'s
+    train_set, test_set, _ = common.load_data(script.DATA, "data", script.SIZE, script.CHANNELS)
+    step = common.batch(*train_set, 1000, 64, seed=5, step=1)
+    held_out = common.batch(*test_set, 1000, 256, seed=0, step=0)
+    assert_equal(trained[1:], prepared(script, step, is_training=True))
+    assert_equal(validated[1:], prepared(script, held_out, is_training=False))
     state, (row,) = load("run")
     last = list(state["ema"])[-1]
     assert torch.equal(validated[0].state_dict()[last], state["ema"][last])
     assert not torch.equal(state["model"][last], state["ema"][last])
-    assert float(row["val_loss"]) == pytest.approx(script.loss(*validated).item(), abs=1e-4)
-    assert state["optimizer"]["param_groups"][0]["lr"] == float(row["lr"]) == 0.05
+    logged = [float(row["loss"]), float(row["val_loss"])]
+    assert logged == pytest.approx(values[1:], abs=1e-5)
+
+
+def test_the_rate_reaches_every_optimizer(script):
+    train(script, "run", 1, "--lr 0.1")
+    state, (row,) = load("run")
+    assert float(row["lr"]) == 0.05  # half of it: one step of two to warm up
+    for name in {"optimizer", "muon"} & set(state):
+        (group,) = state[name]["param_groups"]
+        assert group["lr"] == 0.05
+        assert group.get("weight_decay", 0) == 0
+
+
+def test_gradients_are_clipped_before_the_optimizer_sees_them(script, monkeypatch):
+    """To a norm of 1: after a step, momenta are 0.1 (Adam) or 0.05 (Muon) of what it saw."""
+    loss = script.loss
+    monkeypatch.setattr(script, "loss", lambda *args: 1000 * loss(*args))
+    train(script, "run", 1)
+    state, (row,) = load("run")
+    assert float(row["grad_norm"]) > 2
+    squares = 0.0
+    for name in {"optimizer", "muon"} & set(state):
+        for memory in state[name]["state"].values():
+            seen = memory["exp_avg"] / 0.1 if "exp_avg" in memory else memory["momenta"] / 0.05
+            squares += seen.square().sum().item()
+    assert math.sqrt(squares) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_step_in_parts_is_the_step(script):
+    """8 images at once, or 3, 3 and 2: up to rounding the same weights and the same log."""
+    train(script, "whole", 2, "--micro-batch 8")
+    train(script, "parts", 2, "--micro-batch 3")
+    (whole, (row,)), (parts, (same,)) = load("whole"), load("parts")
+    torch.testing.assert_close(parts["model"], whole["model"], rtol=0, atol=1e-6)
+    assert float(same["loss"]) == pytest.approx(float(row["loss"]), abs=2e-5)
+    assert float(same["grad_norm"]) == pytest.approx(float(row["grad_norm"]), abs=2e-3)
+
+
+def test_bfloat16_reaches_training_validation_and_drawing(script, monkeypatch):
+    seen = []
+
+    def noting_the_type(function):
+        def noted(*args, **options):
+            one = torch.ones(1, 1)
+            seen.append((one @ one).dtype)  # autocast shows in the type of products
+            return function(*args, **options)
+
+        return noted
+
+    monkeypatch.setattr(script, "loss", noting_the_type(script.loss))
+    monkeypatch.setattr(script, "meaning", lambda *name: [])
+    sampler = noting_the_type(script.SAMPLERS["ddim"])
+    monkeypatch.setitem(script.SAMPLERS, "ddim", sampler)
+    flags = "--sampler ddim --batch-size 2 --dtype "
+    train(script, "half", 1, flags + "bfloat16")
+    assert seen == [torch.bfloat16] * 3
+    train(script, "full", 1, flags + "float32")
+    assert seen[3:] == [torch.float32] * 3
+
+
+def test_compile_compiles_what_is_trained(script, monkeypatch):
+    def forward_only(model, disable=False):
+        return model if disable else model.forward
+
+    monkeypatch.setattr(torch, "compile", mock.Mock(side_effect=forward_only))
+    loss = mock.Mock(side_effect=script.loss)
+    monkeypatch.setattr(script, "loss", loss)
+    for flag, is_compiled in (("--compile", True), ("--no-compile", False)):
+        loss.reset_mock()
+        train(script, f"run{flag}", 1, flag)
+        _, trained, validated = [call.args[0] for call in loss.call_args_list]
+        assert inspect.ismethod(trained) == is_compiled
+        assert isinstance(validated, torch.nn.Module)
 
 
 def test_a_signal_finishes_the_step_and_resume_goes_on_bit_for_bit(script, capsys):
@@ -516,8 +840,10 @@ def test_a_signal_finishes_the_step_and_resume_goes_on_bit_for_bit(script, capsy
         train(script, "parts", 4, "--lr 0.05 --seed 3")
     assert "stopped after step 3; --resume continues" in capsys.readouterr().out
     state, _ = load("parts")
-    state["config"] |= {"out": "x.jpg", "sample_only": True, "device": "tpu"}
-    torch.save({**state, "seconds": 1000.0}, "parts/ckpt.pt")
+    assert state["step"] == 3
+    state["config"]["device"] = "tpu"  # of another machine
+    state["seconds"] = 1000.0
+    torch.save(state, "parts/ckpt.pt")
     run_script(script, "--run-dir parts --resume")
     assert_same(load("whole")[0], load("parts")[0])
     assert float(load("parts")[1][-1]["seconds"]) >= 1000
@@ -525,21 +851,85 @@ def test_a_signal_finishes_the_step_and_resume_goes_on_bit_for_bit(script, capsy
     assert torch.equal(pixels("samples.png"), pixels("whole/samples-0000004.png"))
 
 
+def test_a_signal_while_it_validates_loses_nothing(monkeypatch, capsys):
+    """It comes when this step's fate is decided, so the next one is finished and saved."""
+    losses = itertools.count()
+    loss = dit.loss
+
+    def interrupt(model, *args):
+        is_validation = not torch.is_grad_enabled()
+        if is_validation and len(args[0]) == 256 and next(losses) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return loss(model, *args)
+
+    monkeypatch.setattr(dit, "loss", interrupt)
+    train(dit, "run", 9, "--log-every 1 --save-every 1000")
+    assert "stopped after step 4" in capsys.readouterr().out
+    state, rows = load("run")
+    assert state["step"] == 4
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize("flags", ["--sample-every 2", ""])
+def test_a_signal_while_samples_are_drawn_ends_it_at_once(flags, monkeypatch):
+    """What was trained is saved before. SIGTERM is left to the system, which ends the process."""
+
+    def interrupt(*args, **options):
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setitem(dit.SAMPLERS, "dpm", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(dit, "run", 2 if flags == "" else 4, flags)
+    assert load("run")[0]["step"] == 2
+
+
+def test_ctrl_c_exits_with_130_and_says_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(common, "load_data", lambda *args: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(sys, "argv", [dit.__file__, *CPU.split()])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(dit.__file__, run_name="__main__")
+    assert caught.value.code == 130
+    assert capsys.readouterr() == ("", "")
+
+
 def test_ema_is_its_closed_form_and_images_are_counted(monkeypatch):
-    """Half-lives of 0.05 * images seen, up to --ema, so here 0.2, 0.4, .. 3, 3, .. images."""
-    average, save = torch.zeros(192), torch.save  # as biases start
+    """Half-lives of 0.05 * images seen, up to --ema; a resumed run keeps both."""
+    average = torch.zeros(192)  # as biases start
+    seen = []
+    save = torch.save
 
     def follow(state, path):
-        weight = 0.5 ** (4 / min(3, 0.2 * state["step"]))
+        images = state["images"]
+        batch_size = state["config"]["batch_size"]
+        weight = 0.5 ** (batch_size / min(5, 0.05 * images))
         average.copy_(torch.lerp(state["model"]["head.bias"], average, weight))
+        torch.testing.assert_close(state["ema"]["head.bias"], average)
+        seen.append(images)
         save(state, path)
 
     monkeypatch.setattr(torch, "save", follow)
-    train(dit, "run", 20, "--batch-size 4 --save-every 1 --ema 3")
-    torch.testing.assert_close(load("run")[0]["ema"]["head.bias"], average)
-    run_script(dit, "--run-dir run --resume --batch-size 16 --max-steps 25")
-    seen = {row["step"]: row["images"] for row in load("run")[1]}
-    assert [seen["20"], seen["25"]] == ["80", "160"]
+    train(dit, "run", 20, "--lr 0.05 --batch-size 4 --save-every 1 --ema 5")
+    run_script(dit, "--run-dir run --resume --batch-size 6 --max-steps 25")
+    assert seen == [*range(4, 81, 4), 86, 92, 98, 104, 110]
+
+
+def test_the_schedule_of_a_run_is_kept(monkeypatch):
+    """In training, when it goes on, and when its checkpoint is drawn from."""
+    flow = common.flow_schedule()
+    loss = mock.Mock(side_effect=ddpm.loss)
+    sampler = mock.Mock(side_effect=ddpm.ddpm_sample)
+    monkeypatch.setattr(ddpm, "loss", loss)
+    monkeypatch.setitem(ddpm.SAMPLERS, "ddpm", sampler)
+    train(ddpm, "run", 1, "--schedule flow")
+    run_script(ddpm, "--run-dir run --resume --max-steps 2")
+    run_script(ddpm, "--run-dir run --sample-only")
+    run_script(ddpm, "--ckpt run/ckpt.pt")
+    assert sampler.call_count == 4
+    for call in loss.call_args_list:
+        assert torch.equal(call.args[5], flow)
+    for call in sampler.call_args_list:
+        assert torch.equal(call.args[2], flow)
 
 
 def test_weights_that_are_not_finite_are_not_saved(monkeypatch):
@@ -551,144 +941,240 @@ def test_weights_that_are_not_finite_are_not_saved(monkeypatch):
     assert Path("run/ckpt.pt").read_bytes() == before
 
 
+def test_a_run_is_locked_while_it_trains(monkeypatch):
+    lines = []
+
+    def second_run(step, args):
+        lines.append(refused(dit, "--run-dir run"))
+        return 0.01
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dit, "learning_rate", second_run)
+        train(dit, "run", 2)
+    assert len(lines) == 2
+    for line in lines:
+        assert "another run is in it" in line
+    run_script(dit, "--run-dir run --resume --max-steps 3")
+
+
 # ---- Drawing
 
 
-def test_image_i_is_a_function_of_seed_and_i(script, monkeypatch):
-    """Whatever n and the internal batch are; before rounding to 8 bits."""
-    kinds = {ddpm: [], ddim: [[[7] * 5, [8] * 5]]}.get(script, [[3, 7]])
-    draw = partial(script.draw, network(script))
-    for sampler in list(script.SAMPLERS):
-        args = parse(script, f"--seed 3 --steps 9 --sampler {sampler}")
-        spy = mock.Mock(side_effect=script.SAMPLERS[sampler])
-        monkeypatch.setitem(script.SAMPLERS, sampler, spy)
-        whole = draw(args, *kinds, range(5), looks=3)
-        assert torch.equal(spy.call_args.args[2], script.schedule())
-        parts = [draw(args, *kinds, index) for index in ([0], range(1, 5))]
-        torch.testing.assert_close(torch.cat(parts, dim=1), whole[-1:], atol=1e-5, rtol=0)
-        args.seed = 4
-        for other in (whole[2, 1:2], whole[0, :1], draw(args, *kinds, [0])[0]):
-            assert (other - whole[2, :1]).abs().max() > 0.1
+def drawn(script, net, flags, n, out="x/"):
+    """What write() makes pictures of: for x/ the images one by one, before they are rounded."""
+    y = [ddim.tokenize("7"), ddim.tokenize("8")] if script is ddim else [3, 7]
+    y = [y[i % 2] for i in range(n)]
+    args = parse(script, f"-n {n} {flags}")
+    picture = mock.Mock()
+    with mock.patch.object(script, "picture", picture):
+        script.write(net, COSINE, args, *([] if script is ddpm else [y]), out)
+    return [call.args[0] for call in picture.call_args_list]
+
+
+def test_image_i_is_a_function_of_seed_and_i(script):
+    """Whatever -n and --micro-batch are."""
+    net = network(script)
+    for sampler in script.SAMPLERS:
+        flags = f"--steps 9 --sampler {sampler} --seed "
+        whole = torch.cat(drawn(script, net, flags + "3 --micro-batch 5", 5))
+        for n, micro_batch in ((2, 2), (5, 2), (5, 1)):
+            parts = torch.cat(drawn(script, net, flags + f"3 --micro-batch {micro_batch}", n))
+            torch.testing.assert_close(parts, whole[:n], atol=1e-5, rtol=0)
+        other_seed = torch.cat(drawn(script, net, flags + "4", 1))
+        assert (other_seed[0] - whole[0]).abs().max() > 0.1
+        assert (whole[2] - whole[0]).abs().max() > 0.1
+
+
+def test_a_gif_is_the_way_to_the_grid(script):
+    net = network(script)
+    ways = []
+    for micro_batch in (5, 2):
+        flags = f"--steps 3 --micro-batch {micro_batch}"
+        *way, grid = drawn(script, net, flags, 5, "x.gif")
+        (again,) = drawn(script, net, flags, 5, "x.png")
+        assert len(way) == 3
+        assert torch.equal(grid, again)
+        noise = next(common.noises(0, range(5), grid.shape[1:]))
+        assert torch.equal(way[0], noise)
+        ways.append(torch.stack([*way, grid]))
+    torch.testing.assert_close(*ways, atol=1e-5, rtol=0)
 
 
 def test_processes_share_a_folder(monkeypatch):
-    net, args = network(dit), parse(dit, "--batch-size 2")
+    net = network(dit)
+    args = parse(dit, "--micro-batch 2")
+    y = [3, 7] * 5
     monkeypatch.setattr(dit, "WORLD", 3)
-    for rank in (2, 1, 0):
+    for rank, files in ((2, 3), (1, 6), (0, 10)):
         monkeypatch.setattr(dit, "RANK", rank)
-        dit.write(net, args, [3, 7], "three/", 10)
-        dit.write(net, args, [3, 7], f"{rank}.png", 10)
-        assert len(list(Path("three").iterdir())) == [10, 6, 3][rank]
+        dit.write(net, COSINE, args, y, "three/")
+        dit.write(net, COSINE, args, y, f"{rank}.png")
+        assert len(list(Path("three").iterdir())) == files
     assert [path.name for path in Path().glob("?.png")] == ["0.png"]  # one of them draws the grid
     grid = pixels("0.png").view(2, 34, 5, 34, 3)[:, 1:33, :, 1:33]
     for i in range(10):
-        image = pixels(f"three/{i:06d}-{[3, 7][i % 2]}.png")
+        image = pixels(f"three/{i:06d}-{y[i]}.png")
         assert (grid[i % 2, :, i // 2] - image).abs().max() <= 1
+
+
+@pytest.mark.parametrize("shift", [-0.4, 0, 0.4])
+def test_a_picture_has_the_nearest_grey_level(shift):
     levels = torch.arange(256).view(1, 1, 16, 16)
-    for shift in (-0.4, 0, 0.4):  # the nearest grey level
-        dit.picture((levels + shift) / 127.5 - 1).save("x.png")
-        assert torch.equal(pixels("x.png")[:, :, 0], levels[0, 0].int())
+    dit.picture((levels + shift) / 127.5 - 1).save("x.png")
+    assert torch.equal(pixels("x.png")[:, :, 0], levels[0, 0].int())
 
 
 def test_pictures_from_the_command_line(script):
+    """--ckpt and --out mean drawing."""
     train(script, "run", 1)
-    draw, side = "--ckpt run/ckpt.pt -n 5 --out ", script.SIZE + 2
+    draw = "--ckpt run/ckpt.pt -n 5 --out "
+    side = script.SIZE + 2
     run_script(script, draw + "way.gif --steps 3")
     with Image.open("way.gif") as gif:
-        assert (gif.n_frames, gif.size) == (3, (3 * side, 2 * side))
+        assert gif.n_frames == 4  # what each step starts from, and what comes out
+        assert gif.size == (3 * side, 2 * side)
     run_script(script, draw + "x.png --sampler ddpm")
-    run_script(script, draw + "y.png --sampler ddim --eta 1")
-    run_script(script, draw + "z.png --sampler ddim")
-    assert (pixels("x.png") - pixels("y.png")).abs().max() <= 1
-    assert (pixels("x.png") - pixels("z.png")).abs().max() > 1
-    if script is not ddpm:  # a row for each class
-        run_script(script, draw + "x.png --classes 7 1")
-        run_script(script, draw + "new/ --classes 7")
-        assert pixels("x.png").shape == (2 * side, 3 * side, 3)
-        assert torch.equal(pixels("x.png")[1 : side - 1, 1 : side - 1], pixels("new/000000-7.png"))
+    run_script(script, draw + "y.png --sampler ddim")
+    assert (pixels("x.png") - pixels("y.png")).abs().max() > 1
+
+
+@pytest.mark.parametrize("script", TRANSFORMERS)
+def test_a_row_for_each_class(script):
+    train(script, "run", 1)
+    run_script(script, "--run-dir run -n 5 --classes 7 1")
+    run_script(script, "--run-dir run -n 1 --classes 7 --out new/")
+    picture = pixels("samples.png")
+    assert picture.shape == (2 * 34, 3 * 34, 3)
+    assert (picture[1:33, 1:33] - pixels("new/000000-7.png")).abs().max() <= 1
+    assert picture[35:67, 69:101].max() == 0  # five images in rows of three
 
 
 def test_prompts_and_interpolation_from_the_command_line():
     train(ddim, "run", 1)
-    draw = "--sample-only --run-dir run --out "
-    run_script(ddim, draw + "x/ --classes 7 --prompt 'a thin 3'")
+    draw = "--run-dir run --out "
+    run_script(ddim, draw + "x/ --prompt 7 'a thin 3'")
     assert Path("x/000003-a-thin-3.png").exists()
     run_script(ddim, draw + "row.png --prompt '' --interpolate")
     run_script(ddim, draw + "ends.png --prompt '' -n 2")
-    ends = torch.cat([pixels("row.png")[:, :30], pixels("row.png")[:, 90:]], dim=1)
-    assert (ends - pixels("ends.png").view(30, 60, 3)).abs().max() <= 1
+    row = pixels("row.png")
+    ends = torch.cat([row[:, :30], row[:, 90:]], dim=1)
+    assert (ends - pixels("ends.png")).abs().max() <= 1
 
 
-def test_inversion_from_the_command_line(monkeypatch):
-    spy = mock.Mock(side_effect=ddim.denoiser)
-    monkeypatch.setattr(ddim, "denoiser", spy)
-    run_script(ddim, "--sample-only --classes 7 -n 1 --steps 20 --out x/")
+def test_inversion_goes_without_guidance():
+    """It is not undone. Only the pictures under other prompts have it."""
+    model = mock.Mock(side_effect=with_or_without_y)
+    write_folders(".", "x")
+    args = parse(ddim, "--invert x/0.png --guidance 3 --steps 10")
+    seven = ddim.tokenize("7")
+    eight = ddim.tokenize("8")
+    ddim.invert(model, COSINE, args, [seven, eight], "back.png")
+    prompts = [call.args[2].tolist() if call.args[2:] else None for call in model.call_args_list]
+    assert prompts[:20] == [[list(seven)]] * 20
+    assert prompts[20:] == [[list(eight)], None] * 10
+
+
+def test_inversion_from_the_command_line():
+    run_script(ddim, "--prompt 7 -n 1 --steps 20 --out x/")
     run_script(ddim, "--invert x/000000-7.png --prompt 7 8 --steps 50 --out back.png")
-    _, _, eight, guidance = spy.call_args.args
-    assert eight[0].tolist() == ddim.tokenize("8")
-    assert guidance == 3  # for the picture under another prompt
-    shown = pixels("back.png")[1:29].view(28, 4, 30, 3)[:, :, 1:29]
-    assert torch.equal(shown[:, 0], pixels("x/000000-7.png"))
-    assert (shown[:, 2] - shown[:, 0].float()).square().mean().sqrt() < 25  # PSNR of 20 dB
+    framed = pixels("back.png").view(30, 4, 30, 3)
+    image, _, again, _ = framed[1:29, :, 1:29].float().unbind(dim=1)
+    assert torch.equal(image, pixels("x/000000-7.png").float())
+    assert (again - image).square().mean().sqrt() < 25  # PSNR of 20 dB
 
 
 def test_shipped_checkpoint_draws(script):
     """What a fresh clone does first: white on black, ink on blue, or pictures, ships bluer."""
+    shipped(script)
     kinds = {ddpm: "", ddim: "--prompt '7 on blue'"}.get(script, "--classes 0 8 4 6")
-    run_script(script, "--sample-only -n 16 --steps 10 " + kinds)
+    run_script(script, "--sample-only -n 16 --steps 7 " + kinds)
     picture = pixels("samples.png").float()
     if script in TRANSFORMERS:
         planes_and_ships, deer_and_frogs = picture.view(2, 68, 136, 3).mean(dim=(1, 2))
         red, _, blue = planes_and_ships - deer_and_frogs
-        assert blue - red > 5
+        assert blue - red > 5, RETRAIN
     elif script is ddpm:
-        assert 0.6 < (picture < 32).float().mean() < 0.95
-        assert 0.03 < (picture > 224).float().mean() < 0.3
+        assert 0.6 < (picture < 32).float().mean() < 0.95, RETRAIN
+        assert 0.03 < (picture > 224).float().mean() < 0.3, RETRAIN
     else:
-        assert picture[2, 2].tolist() == pytest.approx([47, 98, 201], abs=25)  # the paper
+        blue = pytest.approx([47, 98, 201], abs=25)
+        assert picture[2, 2].tolist() == blue, RETRAIN  # the paper
 
 
 # ---- Rough treatment
 
 
 def start(arguments, **variables):
+    """A Python process with these arguments."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
-    command = [sys.executable, *shlex.split(arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "errors": "replace"}
-    return subprocess.Popen(command, env=environment, **pipes)
+    return subprocess.Popen(
+        [sys.executable, *shlex.split(arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+
+
+def saved_step(run):
+    """The last step in the checkpoint of a run that another process writes."""
+    return load(run)[0]["step"] if Path(run, "log.csv").exists() else 0
 
 
 def test_killed_and_resumed_bit_for_bit():
-    flags = CPU + TINY + SHAPE[dit] + "--run-dir killed --save-every 1 --resume"
+    flags = CPU + TINY + SHAPE[dit] + "--run-dir killed --save-every 1"
     steps = 0
-    for _ in range(2):
-        process, enough = start(f"{dit.__file__} {flags}"), steps + 3
+    for resume in ("", " --resume"):
+        process = start(f"{dit.__file__} {flags}{resume}")
+        enough = steps + 3
         while steps < enough:
             assert process.poll() is None, process.communicate()
             time.sleep(0.02 + random.random() / 10)
-            steps = load("killed")[0]["step"] if Path("killed/log.csv").exists() else 0
+            steps = saved_step("killed")
         process.kill()
         process.communicate()
-        Path("killed/ckpt.pt.tmp").write_bytes(b"torn")  # had it been killed here
+        Path("killed/ckpt.tmp").write_bytes(b"torn")  # had it been killed here
     state, _ = load("killed")
     with interrupted(dit, state["step"]):
         train(dit, "whole", 80000)
     assert_same(state, load("whole")[0])
-    logged = [int(row.split(",")[0]) for row in state["log"][1:]]
+    logged = [row["step"] for row in state["log"]]
     assert logged == list(range(1, state["step"] + 1))  # none missing, none twice
 
 
 def test_two_processes_are_one():
+    """Though each takes its half of a step in parts, 3 images and 1."""
     train(dit, "one", 4)
     with interrupted(dit, 2):
         train(dit, "two", 4)
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2"
-    process = start(f"{torchrun} {dit.__file__} {CPU} --run-dir two --resume")
+    process = start(f"{torchrun} {dit.__file__} {CPU} --run-dir two --resume --micro-batch 3")
     output = process.communicate(timeout=300)
     assert process.returncode == 0, output
     (one, log_of_one), (two, log_of_two) = load("one"), load("two")
     assert_same(one, two, tolerance=1e-5)
-    assert float(log_of_one[-1]["loss"]) == pytest.approx(float(log_of_two[-1]["loss"]), abs=2e-5)
+    for name in ("loss", "val_loss"):
+        same = pytest.approx(float(log_of_one[-1][name]), abs=2e-5)
+        assert float(log_of_two[-1][name]) == same
+
+
+def test_one_process_of_two(monkeypatch):
+    """It trains on its half of the batch, validates on all images, and logs the pace of both."""
+    monkeypatch.setattr(dit, "WORLD", 2)
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda net: net)
+    for name in ("init_process_group", "all_reduce", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, mock.Mock())
+    clock = mock.Mock(perf_counter=mock.Mock(side_effect=itertools.count(0, 10)))  # 10 s a log
+    monkeypatch.setattr(dit, "time", clock)
+    loss = mock.Mock(side_effect=dit.loss)
+    monkeypatch.setattr(dit, "loss", loss)
+    train(dit, "run", 2)
+    _, first, second, validated = [len(call.args[1]) for call in loss.call_args_list]
+    assert (first, second, validated) == (4, 4, 256)
+    _, (row,) = load("run")
+    assert row["images_per_s"] == str(round(2 * 8 / 10))
+    assert row["images"] == "16"
 
 
 def test_full_disk(monkeypatch):
@@ -699,23 +1185,17 @@ def test_full_disk(monkeypatch):
     train(dit, "run", 2)
     before = Path("run/ckpt.pt").read_bytes()
     monkeypatch.setattr(torch, "save", torn)
-    text = refused(dit, "--run-dir run --resume --max-steps 3")
-    assert "cannot write run/ckpt.pt: no space left" in text
+    with pytest.raises(RuntimeError, match="no space left"):
+        run_script(dit, "--run-dir run --resume --max-steps 3")
     assert Path("run/ckpt.pt").read_bytes() == before
 
 
-def test_whose_fault_it_is(monkeypatch):
-    """A bug shows its traceback, Ctrl-C nothing at all, and a second run gets its line."""
+def test_a_bug_shows_its_traceback(monkeypatch):
     train(dit, "run", 1)
-    with FileLock("run/lock0"):
-        assert "another run is in it" in refused(dit, "--run-dir run --resume")
     monkeypatch.setattr(dit.Block, "forward", mock.Mock(side_effect=ValueError("a bug")))
     for flags in ("--run-dir run --resume --max-steps 2", "--ckpt run/ckpt.pt"):
         with pytest.raises(ValueError, match="a bug"):
             run_script(dit, flags)
-    monkeypatch.setattr(common, "load_data", lambda *args: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(SystemExit, match="130"):
-        train(dit, "new", 1)
 
 
 class Evil:
@@ -725,126 +1205,123 @@ class Evil:
 
 def test_bad_checkpoints_are_refused():
     train(dit, "run", 1)
-    (state, _), whole = load("run"), bytearray(Path("run/ckpt.pt").read_bytes())
-    linear = {**state["config"], "meaning": {**dit.MEANING, "schedule": "linear"}}
-    contents = [{}, None, {**state, "evil": Evil()}, {**state, "config": linear}]
-    contents += [{**state, "config": {**state["config"], "dim": 32}}]
-    for i, content in enumerate(contents):
-        torch.save(content, f"{i}.pt")
-    state["ema"]["head.bias"][0] = math.nan
-    torch.save(state, "5.pt")
-    Path("6.pt").write_bytes(whole[:5000])
+    state, _ = load("run")
+    linear = {**state["config"], "meaning": [0.1, 0.2, 0.3, 0.4]}
+    wider = {**state["config"], "dim": 32}
+    torch.save({}, "empty.pt")
+    torch.save(None, "none.pt")
+    torch.save({**state, "evil": Evil()}, "evil.pt")
+    torch.save({**state, "config": linear}, "linear.pt")
+    torch.save({**state, "config": wider}, "wider.pt")
+    whole = bytearray(Path("run/ckpt.pt").read_bytes())
+    Path("half.pt").write_bytes(whole[:5000])
     whole[len(whole) // 2] ^= 1  # a bit, within some tensor
-    Path("7.pt").write_bytes(whole)
-    paths = [f"{i}.pt" for i in range(9)] + [f"{ROOT}/checkpoints/uvit_cifar10.pt"]
-    lines = [refused(dit, f"--ckpt {path}") for path in paths]
-    assert start(f"-O {dit.__file__} --ckpt 7.pt").communicate() == ("", lines[7])
+    Path("bit.pt").write_bytes(whole)
+    bad = [*Path().glob("*.pt"), "nowhere.pt", ROOT / "checkpoints" / "uvit_cifar10.pt"]
+    assert len(bad) == 9
+    for path in bad:
+        assert f"{path} is not a checkpoint of dit_cifar10.py" in refused(dit, f"--ckpt {path}")
     assert not Path("evil").exists()
 
 
-BAD = """
-dit  --data-dir nowhere --run-dir a           | nowhere: no network? put the files of CIFAR10 into
-dit  --data-dir run --run-dir b               | put images into train/<class>/*.png
-dit  --data-dir broken --run-dir c            | replace or delete broken/train/a/0.png
-dit  --run-dir run                            | add --resume
-dit  --run-dir run --resume --data-dir names  | names was
-dit  --run-dir run --resume --heads 4         | heads was 2
-dit  --run-dir run --resume --batch-size 9    | --batch-size 9 cannot be shared by 2
-dit  --run-dir shipped --resume               | weights alone
-dit  --sample-only --eta 0.5                  | --eta is for --sampler ddim
-dit  --sample-only --guidance nan             | --guidance: nan
-dit  --sample-only --out x.jpg                | --out x.jpg
-dit  --sample-only --out text/x.png           | text is no folder
-dit  --sample-only --classes 3 10             | --classes [3, 10]
-dit  --lr nan                                 | --lr: nan
-dit  --max-steps -1                           | --max-steps: -1
-dit  --dim 42                                 | --dim 42
-ddim --sample-only --prompt pink              | 'pink'
-ddim --sample-only --prompt 7 --classes 12    | '12'
-ddim --invert text                            | --invert text
-ddim --data-dir names --run-dir d             | 11 classes
-"""
+def test_a_line_on_standard_error_and_exit_code_1():
+    process = start(f"{dit.__file__} --ckpt nowhere.pt")
+    out, error = process.communicate()
+    assert (process.returncode, out) == (1, "")
+    assert error.startswith("nowhere.pt is not a checkpoint of dit_cifar10.py")
+    assert error.count("\n") == 1
 
 
-def test_bad_input_gets_one_line_and_changes_nothing(monkeypatch):
+@pytest.fixture
+def nothing_changes(monkeypatch):
+    """Without a network, and with a run, its checkpoint and odd folders, that stay as they are."""
     train(dit, "run", 1)
     Path("text").write_text("neither a folder nor a picture")
-    write_folders("names", *[f"train/{k}" for k in range(11)])
+    write_folders("eleven", *[f"train/{k}" for k in range(11)])
     write_folders("broken", "train/a")
     Path("broken/train/a/0.png").write_bytes(b"no picture")
     Path("shipped").mkdir()
     shutil.copy(ROOT / "checkpoints" / "dit_cifar10.pt", "shipped/ckpt.pt")
     monkeypatch.setattr("urllib.request.urlopen", mock.Mock(side_effect=OSError("no network")))
-    paths = [path for path in Path().rglob("*") if path.is_file()]
-    before = [path.read_bytes() for path in paths]
-    for row in BAD.strip().splitlines():
-        name, flags = row.split(" | ")[0].split(maxsplit=1)
-        monkeypatch.setattr(dit, "WORLD", 2 if "batch" in flags else 1)
-        line = refused({"dit": dit, "ddim": ddim}[name], flags)
-        assert row.split(" | ")[1] in line
-        assert [path.read_bytes() for path in paths] == before
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    yield
+    for path, content in before.items():
+        assert path.read_bytes() == content
 
+
+def test_data_that_cannot_be_read(nothing_changes):
+    line = refused(dit, "--data-dir nowhere --run-dir a")
+    assert "--data-dir nowhere: no network? put the files of CIFAR10 into" in line
+    assert "put images into train/<class>/*.png" in refused(dit, "--data-dir run --run-dir b")
+    line = refused(dit, "--data-dir broken --run-dir c")
+    assert "replace or delete broken/train/a/0.png" in line
+    assert "11 classes" in refused(ddim, "--data-dir eleven --run-dir d")
+
+
+def test_a_run_is_never_overwritten(nothing_changes):
+    assert "run holds a run: add --resume" in refused(dit, "--run-dir run")
+    assert "there is no new/ckpt.pt" in refused(dit, "--run-dir new --resume")
+    assert "weights alone" in refused(dit, "--run-dir shipped --resume")
+
+
+def test_flags_that_make_no_sense(nothing_changes, monkeypatch):
+    assert refused(dit, "--out x.jpg").startswith("--out x.jpg must end in .png")
+    assert refused(dit, "--out text/x.png").startswith("--out text/x.png: ")
+    assert refused(dit, "--classes 3 10").startswith("--classes [3, 10]: there are")
+    assert "1 at least" in refused(dit, "--sample-only --steps 0")
+    assert "1 at least" in refused(dit, "--max-steps -1")
+    assert "--lr: invalid float value" in refused(dit, "--lr much")
+    assert "--dim 42 must be" in refused(dit, "--run-dir b --dim 42")
+    assert "--depth 3 must be even" in refused(uvit, "--run-dir c --depth 3")
+    assert "'pink' is not known" in refused(ddim, "--prompt pink")
+    assert refused(ddim, "--invert text").startswith("--invert text: ")
+    monkeypatch.setattr(dit, "WORLD", 2)
+    monkeypatch.setattr(torch.distributed, "init_process_group", mock.Mock())
+    line = refused(dit, "--run-dir d --batch-size 9")
+    assert "--batch-size 9 cannot be shared by 2" in line
+
+
+# ---- Copies
 
 ALONE = """
-import sys, torch
+import sys
 from importlib import import_module
+import torch
+
 a = torch.linspace(0.9999, 0.98, 1000).cumprod(0)
-for name in sys.argv[1:]:
-    script = import_module(name)
-    net = (getattr(script, "UNet", None) or getattr(script, "DiT", None) or script.UViT)(64)
+for path in sys.argv[1:]:
+    script = import_module(path.rpartition("/")[2][:-3])
+    net, _ = script.load(path)
     noise = torch.randn(1, script.CHANNELS, script.SIZE, script.SIZE)
-    for sample in script.SAMPLERS.values():
-        assert sample(script.denoiser(net, a), noise, a, steps=2).shape == noise.shape
+    with torch.no_grad():
+        for sample in script.SAMPLERS.values():
+            assert sample(script.denoiser(net, a), noise, a, steps=2).shape == noise.shape
 assert not {"common", "torchvision", "PIL"} & set(sys.modules)
 """
 
 
 def test_files_copied_alone_work():
+    ours = {"torch", "torchvision", "einops", "filelock", "PIL", "common"}
     for script in SCRIPTS:
         shutil.copy(script.__file__, ".")
         code = inspect.getsource(script)
         imported = set(re.findall(r"^ *(?:import|from) (\w+)", code, re.M))
-        ours = {"torch", "torchvision", "einops", "filelock", "PIL", "common"}
         assert imported <= ours | sys.stdlib_module_names
         assert "assert " not in code  # for python -O would leave it out
     Path("alone.py").write_text(ALONE)
-    names = " ".join(script.NAME for script in SCRIPTS)
-    process = start(f"alone.py {names}", PYTHONPATH="")
+    paths = [f"{ROOT}/checkpoints/{script.NAME}.pt" for script in SCRIPTS]
+    process = start("alone.py " + shlex.join(paths), PYTHONPATH="")
     assert process.communicate() == ("", "")
     assert process.returncode == 0
 
 
-def test_a_console_that_lacks_letters():
-    command = f"{dit.__file__} {CPU} --sample-only --out größe/犬.png"
-    out, err = start(command, PYTHONIOENCODING="cp1252").communicate()
-    assert "\\u72ac.png" in out, err
-    assert Path("größe/犬.png").exists()
-
-
-OWN = {  # what is each script's own, and may differ
-    (dit, uvit): "Attention Block check make_parser",
-    (ddpm, ddim): "Block UNet schedule loss denoiser make_parser",
-    (dit, ddim): "Block loss denoiser make_parser",
-    (dit, ddpm): "Block schedule loss denoiser make_parser",
-}
-ALIKE = "load draw write train check main"  # the same, but for lines with one of these in them:
-WORDS = """Net( DiT( optimizer Muon batch( illustrate( mirrored names) ["names"] digits classes
-tokens prompt write( draw( next( denoiser( rows round( shape invert interpolate SAMPLERS[ loss(net
-args.d args.ckpt .png else: group[ schedule( maximum( decided"""
-
-
-def source(script, name, alike):
-    text = inspect.getsource(vars(script)[name]).replace("UViT", "DiT")
-    words = WORDS.split() if alike else []
-    return [line for line in text.splitlines() if not any(word in line for word in words)]
-
-
-@pytest.mark.parametrize("one, other", OWN)
-def test_what_is_the_same_in_two_scripts_is_the_same_to_the_letter(one, other):
-    both = vars(one).keys() & vars(other).keys()
-    for name in sorted(both - set(OWN[one, other].split())):
-        if getattr(vars(one)[name], "__module__", "") == one.__name__:
-            alike = name in ALIKE.split() and other is not uvit
-            assert source(other, name, alike) == source(one, name, alike), (
-                f"make {name}() in {other.NAME}.py and in {one.NAME}.py the same again"
-            )
+def test_a_renamed_copy_reads_its_weights(script, monkeypatch):
+    """cp dit_cifar10.py mine.py, beside checkpoints/."""
+    shipped(script)
+    shutil.copy(script.__file__, "mine.py")
+    Path("checkpoints").symlink_to(ROOT / "checkpoints")
+    flags = f"{CPU} --sample-only -n 1 --out "
+    run_script(script, flags + "theirs.png")
+    monkeypatch.setattr(sys, "argv", ["mine.py", *flags.split(), "mine.png"])
+    runpy.run_path("mine.py", run_name="__main__")
+    assert torch.equal(pixels("mine.png"), pixels("theirs.png"))

@@ -6,122 +6,164 @@ Per pixel and channel, without loss: 8 without a model, 3.7 with DDPM (Ho et al.
 """
 
 import argparse
-import importlib
 import math
 import sys
-from pathlib import Path
 
 import torch
+from tools import DEVICE, load
 from torch.special import ndtr
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from common import Progress, load_data
+
 DIMS = (1, 2, 3)  # of an image, in (B, C, H, W)
-
-
-def fail(message):
-    print(f"bits_per_dim.py: {' '.join(str(message).split())[:300]}", file=sys.stderr)
-    sys.exit(2)
+DRAWS = 40  # times at which each image is tried, of the T - 1 that have a KL
 
 
 @torch.no_grad()
-def bits_per_dim(denoise, pixels, alphas_cumprod, draws=40, device="cpu"):
+def bits_per_dim(denoise, pixels, alphas_cumprod, draws):
     """The bound of Ho et al. 2020, eq. 5, for uint8 images (B, C, H, W), by denoise(x_t, t) -> x0.
 
-    Bits/dim (4, B): prior; KLs where p has q's variance ("small"); where it has beta_t ("large");
-    decoder. Of T - 1 KLs, `draws` are taken: their times, the mean squares of x0_hat - x0 and the
-    weights follow, each (draws, B). All but the network is float64 and on the CPU.
+    Returns a dict. Its "prior", "small", "large" and "decoder" are in bits/dim, (B,): the KLs where
+    p has q's variance are "small", where it has beta_t "large". They are estimated from so many
+    draws of a time: the "times", the mean square "errors" of x0 there, and the "weights" are
+    (draws, B). All but `denoise` is float64 and on the CPU.
     """
     x0 = pixels.double() / 127.5 - 1
-
-    def estimate(t):
-        a = alphas_cumprod[t][:, None, None, None]
-        noise = torch.randn(x0.shape)
-        x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise
-        x0_hat = denoise(x_t.float().to(device), t.to(device))
-        return x0_hat.cpu().double()
-
+    times, weights = draw_times(alphas_cumprod, draws, len(x0))
+    errors = []
+    for t in times:
+        x0_hat = estimate(denoise, x0, t, alphas_cumprod)
+        errors.append((x0_hat - x0).square().mean(DIMS))
+    errors = torch.stack(errors)
+    small, large = divergence(errors, times, alphas_cumprod)
+    at_0 = estimate(denoise, x0, torch.zeros(len(x0), dtype=torch.int64), alphas_cumprod)
     a = alphas_cumprod[-1]
     prior = (a * (x0.square() - 1) - torch.log1p(-a)).mean(DIMS) / 2
-    # Bits are spent where log SNR falls. Cut its fall into `draws` equal shares: a time from each.
+    return {
+        "prior": prior / math.log(2),
+        "small": (weights * small).sum(0) / math.log(2),
+        "large": (weights * large).sum(0) / math.log(2),
+        "decoder": decoding(at_0, pixels, alphas_cumprod) / math.log(2),
+        "times": times,
+        "errors": errors,
+        "weights": weights,
+    }
+
+
+def draw_times(alphas_cumprod, draws, n):
+    """Times in 1 .. T-1 and their weights, (draws, n): a weighted sum stands for one of all times.
+
+    Bits are spent where log SNR falls. Its fall is cut into equal shares, with a time from each.
+    """
     snr = alphas_cumprod / (1 - alphas_cumprod)
     falls = snr.log().diff()
     probability = falls / falls.sum()
-    u = torch.rand(draws, len(x0), dtype=torch.float64)
+    u = torch.rand(draws, n, dtype=torch.float64)
     u = (torch.arange(draws)[:, None] + u) / draws
     step = torch.searchsorted(probability.cumsum(0)[:-1], u)
-    weight = 1 / (draws * probability[step])
-    errors = torch.stack([(estimate(t) - x0).square().mean(DIMS) for t in step + 1])
-    small = -snr.diff()[step] / 2 * errors  # Kingma et al. 2021 (2107.00630), eq. 14
-    ratio = (1 - alphas_cumprod[:-1]) / (1 - alphas_cumprod[1:])  # small variance / large
-    large = ratio[step] * small + (ratio - 1 - ratio.log())[step] / 2
-    sigma = (ratio[0] * (1 - alphas_cumprod[1] / alphas_cumprod[0])).sqrt()  # that of t = 1
-    away = x0 - estimate(torch.zeros(len(x0), dtype=torch.int64))
+    return step + 1, 1 / (draws * probability[step])
+
+
+def estimate(denoise, x0, t, alphas_cumprod):
+    """What the model takes for x0 (B, C, H, W), once there is noise on it, of times t (B,)."""
+    a = alphas_cumprod[t][:, None, None, None]
+    noise = torch.randn(x0.shape)
+    x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise
+    return denoise(x_t.float(), t).double()
+
+
+def divergence(errors, times, alphas_cumprod):
+    """The KLs in nats, with the small variance and with the large one, shaped like the errors."""
+    a, a_next = alphas_cumprod[times], alphas_cumprod[times - 1]  # a_next has less noise
+    fall = a_next / (1 - a_next) - a / (1 - a)  # of the SNR
+    small = fall / 2 * errors  # Kingma et al. 2021 (2107.00630), eq. 14
+    ratio = (1 - a_next) / (1 - a)  # small variance / large
+    large = ratio * small + (ratio - 1 - ratio.log()) / 2
+    return small, large
+
+
+def decoding(x0_hat, pixels, alphas_cumprod):
+    """From the last noise to pixels, in nats (B,): 256 bins, open at the ends (Ho et al., eq. 13).
+
+    x0_hat is the estimate at t = 0.
+    """
+    a, a_next = alphas_cumprod[1], alphas_cumprod[0]
+    sigma = ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()  # small, at t = 1
+    away = pixels.double() / 127.5 - 1 - x0_hat
     up = ndtr((away + 1 / 255) / sigma).masked_fill(pixels == 255, 1.0)
     down = ndtr((away - 1 / 255) / sigma).masked_fill(pixels == 0, 0.0)
-    decoder = -(up - down).clamp(min=1e-12).log().mean(DIMS)  # eq. 13: 256 bins, open at the ends
-    small, large = (weight * small).sum(0), (weight * large).sum(0)
-    nats = torch.stack([prior, small, large, decoder])
-    return nats / math.log(2), step + 1, errors, weight
+    return -(up - down).clamp(min=1e-12).log().mean(DIMS)
 
 
-def errors_by_tenth(times, errors, weight, alphas_cumprod):
+def errors_by_tenth(times, errors, weights, alphas_cumprod):
     """Mean square error of x0 and of v for each tenth of T, (10, 2), by what bits_per_dim gives."""
-    both = torch.stack([errors, errors / (1 - alphas_cumprod[times])])
-    means = []
+    errors_of_v = errors / (1 - alphas_cumprod[times])
+    tenths = times * 10 // len(alphas_cumprod)
+    means = torch.empty(10, 2, dtype=torch.float64)
     for tenth in range(10):
-        here = times * 10 // len(alphas_cumprod) == tenth
-        means.append((both * weight)[:, here].sum(1) / weight[here].sum())
-    return torch.stack(means)
+        here = tenths == tenth
+        total = weights[here].sum()
+        means[tenth, 0] = (weights * errors)[here].sum() / total
+        means[tenth, 1] = (weights * errors_of_v)[here].sum() / total
+    return means
+
+
+def from_cpu(denoise, progress):
+    """The same denoise for tensors on the CPU. It counts the images, in parts, as it goes."""
+
+    def moved(x_t, t):
+        x0 = denoise(x_t.to(DEVICE), t.to(DEVICE)).cpu()
+        progress.add(len(x_t) / (DRAWS + 1))
+        return x0
+
+    return moved
 
 
 def main(argv=None):
-    from common import load_data
-
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.error = fail
+    parser.error = sys.exit
     parser.add_argument("checkpoint", help="of any of the scripts")
     parser.add_argument("--data-dir", default="data", help="as for the script (%(default)s)")
     parser.add_argument("-n", type=int, default=1000, help="test images (%(default)s)")
     parser.add_argument("--unconditional", action="store_true", help="tell no class, no prompt")
     args = parser.parse_args(argv)
     if args.n < 2:
-        fail("-n: a standard error wants two images")
-    try:
-        state = torch.load(args.checkpoint, "cpu", weights_only=True)
-        script = importlib.import_module(state["config"]["script"])
-        model = script.load(args.checkpoint)[0].to(DEVICE)
-    except Exception as error:  # of many kinds, for a file can be damaged in many ways
-        fail(f"{args.checkpoint} cannot be loaded: {error}")
-    try:
-        _, test_set, names = load_data(script.DATA, args.data_dir, script.SIZE, script.CHANNELS)
-    except (OSError, ValueError) as error:
-        fail(f"--data-dir {args.data_dir}: {error}")
-    if not test_set or len(names) != len(state["config"].get("names", names)):
-        fail(f"--data-dir {args.data_dir}: no test set, or other classes than the model's")
+        sys.exit(f"-n {args.n}: a standard error wants two images")
+    script, model, state, alphas_cumprod = load(args.checkpoint)
+    _, test_set, classes = load_data(script.DATA, args.data_dir, script.SIZE, script.CHANNELS)
+    if not test_set:
+        sys.exit(f"--data-dir {args.data_dir}: there is no test set")
+    known = len(state["config"]["class_names"])
+    if len(classes) != known:
+        sys.exit(f"--data-dir {args.data_dir}: {len(classes)} classes, and the model knows {known}")
+
     torch.manual_seed(0)
     images, y = test_set
     if hasattr(script, "illustrate"):  # in colours, and told what captions may say
-        u = torch.rand(len(y), 12).clamp(min=0.1)
+        u = torch.rand(len(y), 12).clamp(min=0.1)  # so that every caption says something
         x0, y = script.illustrate(images / 127.5 - 1, y, u)
         images = x0.mul(127.5).add(127.5).round().byte()
-    named = [model.schedule] if hasattr(model, "schedule") else []
-    alphas_cumprod = script.schedule("cpu", *named).double()
-    batches = []
-    for index in torch.randperm(len(images))[: args.n].split(100):
+    chosen = torch.randperm(len(images))[: args.n]
+    exact = alphas_cumprod.cpu().double()
+    progress = Progress(len(chosen), "images")
+    parts = []
+    for index in chosen.split(100):
         told = None if args.unconditional else y[index].to(DEVICE)
-        denoise = script.denoiser(model, alphas_cumprod.float().to(DEVICE), told)
-        batches.append(bits_per_dim(denoise, images[index], alphas_cumprod, device=DEVICE))
-    bits, *terms = (torch.cat(parts, 1) for parts in zip(*batches, strict=True))
-    prior, small, large, decoder = bits
-    print(f"{args.checkpoint} on {len(prior)} test images")
+        denoise = from_cpu(script.denoiser(model, alphas_cumprod, told), progress)
+        parts.append(bits_per_dim(denoise, images[index], exact, DRAWS))
+    found = {name: torch.cat([part[name] for part in parts], dim=-1) for name in parts[0]}
+
+    print(f"{args.checkpoint} on {len(chosen)} test images")
+    prior, decoder = found["prior"], found["decoder"]
     print(f"prior {prior.mean():.4f}, decoder {decoder.mean():.3f}, and the KLs:")
-    for variance, kl in (("small", small), ("large", large)):
+    for variance in ("small", "large"):
+        kl = found[variance]
         total = prior + kl + decoder
         error = total.std() / len(total) ** 0.5
         print(f"{kl.mean():.3f}, {variance} variance: {total.mean():.2f} ± {error:.2f} bits/dim")
     print("mean square error of x0 and of v, by tenth of the times:")
-    for tenth, (x0, v) in enumerate(errors_by_tenth(*terms, alphas_cumprod)):
+    by_tenth = errors_by_tenth(found["times"], found["errors"], found["weights"], exact)
+    for tenth, (x0, v) in enumerate(by_tenth):
         print(f"t / T from 0.{tenth}  {x0:.5f}  {v:.5f}")
 
 

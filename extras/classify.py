@@ -4,20 +4,22 @@ python extras/classify.py eval/uvit/ checkpoints/dit_cifar10.pt -n 500 -- --guid
 """
 
 import argparse
-import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from tools import DEVICE, load, read_folder
 from torch import nn
-from torchvision import datasets, ops, transforms
+from torchvision import ops, transforms
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+STEPS = 4000  # of training the classifier
+BATCH_SIZE = 256
+
+# ---- The classifier
 
 
 class Residual(ops.Conv2dNormActivation):
@@ -28,101 +30,177 @@ class Residual(ops.Conv2dNormActivation):
 def network(channels, classes):
     """(B, C, H, W) in [-1, 1] -> logits; without its last layer, features (B, 256)."""
     conv = ops.Conv2dNormActivation  # 3 x 3, batch norm, ReLU
-    full = [nn.Conv2d(channels, 8 * channels, 2, bias=False), nn.ReLU(), conv(8 * channels, 64)]
-    half = [nn.MaxPool2d(2), Residual(64, 64), conv(64, 128)]
-    quarter = [nn.MaxPool2d(2), Residual(128, 128), conv(128, 256), nn.AdaptiveAvgPool2d(1)]
-    return nn.Sequential(*full, *half, *quarter, nn.Flatten(), nn.Linear(256, classes)).to(DEVICE)
+    model = nn.Sequential(
+        nn.Conv2d(channels, 8 * channels, 2, bias=False),
+        nn.ReLU(),
+        conv(8 * channels, 64),
+        nn.MaxPool2d(2),
+        Residual(64, 64),
+        conv(64, 128),
+        nn.MaxPool2d(2),
+        Residual(128, 128),
+        conv(128, 256),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(256, classes),
+    )
+    return model.to(DEVICE)
 
 
-def ink(images):
-    """Any ink on any paper, uint8 (N, C, H, W) -> bright ink on black, (N, 1, H, W)."""
-    paper = images[:, :, [0, -1]].flatten(2).float().median(dim=2).values[:, :, None, None]
-    distance = (images - paper).norm(dim=1, keepdim=True)
-    return nn.functional.normalize(distance, float("inf"), dim=(2, 3)).mul(255).round().byte()
+def fit(images, labels, classes):
+    """A classifier of uint8 (N, C, H, W) by classes (N,), and features (M, 256) of some of them."""
+    print(f"training on {len(images)} images, in {STEPS} steps of {BATCH_SIZE}", flush=True)
+    torch.manual_seed(0)
+    in_colour = images.shape[1] == 3
+    model = network(images.shape[1], classes)
+    optimizer = torch.optim.SGD(model.parameters(), 0.3, 0.9, weight_decay=5e-4, nesterov=True)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.3, STEPS, cycle_momentum=False)
+    crop = transforms.RandomCrop(images.shape[-1], padding=2, padding_mode="reflect")
+    progress = common.Progress(STEPS, "steps")
+    for step in range(STEPS):
+        x, y, *_ = common.batch(images, labels, 1, BATCH_SIZE, seed=0, step=step)
+        if in_colour and step % 2:  # digits have no mirror image
+            x = x.flip(-1)
+        nn.functional.cross_entropy(model(crop(x)), y, label_smoothing=0.1).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        rate.step()
+        progress.add(1)
+    model.eval()
+    some = images[:: len(images) // 10000 + 1]
+    return model, read(model, some)
 
 
 @torch.no_grad()
 def read(model, images):
     """uint8 (N, C, H, W) -> features (N, 256), float64; in colour, both ways round and averaged."""
-    views = torch.cat([images, images.flip(-1)]) if images.shape[1] == 3 else images
-    features = torch.cat([model[:-1](part / 127.5 - 1) for part in views.split(250)])
-    return features.view(-1, len(images), 256).mean(dim=0).double()
+    views = images
+    if images.shape[1] == 3:
+        views = torch.cat([images, images.flip(-1)])
+    progress = common.Progress(len(views), "views read")
+    features = []
+    for part in views.split(250):
+        features.append(model[:-1](part / 127.5 - 1))
+        progress.add(len(part))
+    return torch.cat(features).view(-1, len(images), 256).mean(dim=0).double()
 
 
-def fit(images, labels, classes, steps=4000, batch_size=256):
-    """A classifier of uint8 (N, C, H, W) by classes (N,), and features (M, 256) of some of them."""
-    print(f"training on {len(images)} images, in {steps} steps of {batch_size}", flush=True)
-    torch.manual_seed(0)
-    model = network(images.shape[1], classes)
-    optimizer = torch.optim.SGD(model.parameters(), 0.3, 0.9, weight_decay=5e-4, nesterov=True)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.3, steps, cycle_momentum=False)
-    crop = transforms.RandomCrop(images.shape[-1], padding=2, padding_mode="reflect")
-    for step in range(steps):
-        x, y = common.batch(images, labels, 1, batch_size, 0, step)[:2]
-        x = x.flip(-1) if x.shape[1] == 3 and step % 2 else x
-        nn.functional.cross_entropy(model(crop(x)), y, label_smoothing=0.1).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        rate.step()
-    return model.eval(), read(model, images[:: len(images) // 10000 + 1])
+def load_judge(path, channels, classes):
+    """(the classifier, features of its training images) from a file that get_judge has saved."""
+    model = network(channels, classes).eval()
+    try:
+        state = torch.load(path, DEVICE, weights_only=True)
+        model.load_state_dict(state["model"])
+        features = state["train"]
+    except Exception as error:  # of a dozen kinds, because a file can be damaged in many ways
+        sys.exit(f"{path} is not a classifier of {classes} classes: {type(error).__name__}")
+    return model, features
+
+
+def get_judge(path, images, labels, classes):
+    """The classifier in this file and its features; trained on these images where it is missing."""
+    if path.exists():
+        return load_judge(path, images.shape[1], classes)
+    path.parent.mkdir(parents=True, exist_ok=True)  # before the training, which is long
+    model, features = fit(images, labels, classes)
+    torch.save({"model": model.state_dict(), "train": features}, path)
+    return model, features
+
+
+# ---- Drawings
+
+
+def draw(checkpoint, n, flags):
+    """A new folder with n drawings of this checkpoint, by its own script and with these flags."""
+    script = load(checkpoint)[0]
+    folder = Path(tempfile.mkdtemp())
+    command = [sys.executable, script.__file__, "--ckpt", checkpoint, "-n", str(n)]
+    process = subprocess.run([*command, "--out", f"{folder}/", *flags])
+    if process.returncode:
+        sys.exit(process.returncode)  # the script has said why
+    return folder
+
+
+def ink(images):
+    """Any ink on any paper, uint8 (N, C, H, W) -> bright ink on black, (N, 1, H, W)."""
+    edge = images[:, :, [0, -1]].flatten(2)  # the first and the last row, (N, C, 2 W)
+    paper = edge.float().median(dim=2).values[:, :, None, None]
+    distance = (images - paper).norm(dim=1, keepdim=True)
+    farthest = distance.amax(dim=(2, 3), keepdim=True)
+    distance = distance / farthest.clamp(min=1e-12)  # not 0, where the paper is blank
+    return distance.mul(255).round().byte()
 
 
 def frechet(x, y):
     """Between Gaussians fitted to x (N, D), y (M, D) (Heusel et al. 2017, 1706.08500)."""
+    means = (x.mean(0) - y.mean(0)).square()
     shared = torch.linalg.eigvals(x.T.cov() @ y.T.cov()).sqrt().real
-    return ((x.mean(0) - y.mean(0)).square() + x.var(0) + y.var(0) - 2 * shared).sum().item()
+    return (means + x.var(0) + y.var(0) - 2 * shared).sum().item()
 
 
 def report(title, model, images, asked, reference, names):
+    """Print how far images (N, C, H, W) are from the reference, features (M, 256), and how they
+    are read; asked (N,) says as what they should be, or is None."""
     features = read(model, images)
     print(f"{title}: {len(images)} images, Frechet distance {frechet(features, reference):.3f}")
     sure, seen = model[-1](features.float()).softmax(dim=1).max(dim=1)
-    print(f"  mean confidence {sure.mean():.3f}, below 0.5 in {sure.lt(0.5).float().mean():.1%}")
-    if len(asked) == len(images):
-        hits = (seen == asked.to(DEVICE)).double()
-        print(f"  read as asked: {hits.mean():.1%} +- {hits.std() / len(hits) ** 0.5:.1%}")
-        print(*[f"    {names[k]}: {hits[asked == k].mean():.1%}" for k in asked.unique()], sep="\n")
+    unsure = (sure < 0.5).float()
+    print(f"  mean confidence {sure.mean():.3f}, below 0.5 in {unsure.mean():.1%}")
+    if asked is None:
+        return
+    hits = (seen == asked).double()
+    print(f"  read as asked: {hits.mean():.1%} +- {hits.std() / len(hits) ** 0.5:.1%}")
+    for k in asked.unique():
+        print(f"    {names[k]}: {hits[asked == k].mean():.1%}")
 
 
-def main():
-    end = [*sys.argv, "--"].index("--")
+def examine(source, args, flags):
+    """Report on one source, a folder or a checkpoint."""
+    folder = source if source.is_dir() else draw(source, args.n, flags)
+    images, asked = read_folder(folder)
+    if len(images) < 2:
+        sys.exit(f"{folder}: a distance wants two images")
+    images = images.to(DEVICE)
+    size = images.shape[-1]
+    name = "CIFAR10"
+    if size == 28:
+        name = "MNIST"
+        images = ink(images)
+    channels = images.shape[1]
+    train_set, test_set, names = common.load_data(name, args.data_dir, size, channels, DEVICE)
+    if not test_set:
+        sys.exit(f"--data-dir {args.data_dir}: there is no test set")
+    if asked is not None:
+        asked = asked.to(DEVICE)
+        if asked.max() >= len(names):
+            sys.exit(f"{folder}: class {asked.max()} is none of the {len(names)} in the --data-dir")
+
+    path = args.judge or Path(args.data_dir, f"judge_{name.lower()}.pt")
+    model, reference = get_judge(path, *train_set, len(names))
+    report(source, model, images, asked, reference, names)
+    real, labels = test_set
+    some = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[: len(images)]
+    report("as many real ones", model, real[some], labels[some], reference, names)
+    if args.cas and asked is not None:
+        student, features = fit(images, asked, len(names))
+        title = "all real ones, to one trained on these"
+        report(title, student, real, labels, features, names)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    end = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
-    parser.add_argument("sources", nargs="+", type=Path, help="folders of PNG files or checkpoints")
-    parser.add_argument("-n", type=int, default=1000, help="to draw, with the flags that follow --")
-    parser.add_argument("--data-dir", default="data", help="of the real images (%(default)s)")
-    parser.add_argument("--judge", type=Path, help="the classifier (judge_*.pt in the --data-dir)")
-    parser.add_argument("--cas", action="store_true", help="train another on the drawings alone")
-    args = parser.parse_args(sys.argv[1:end])
+    parser.error = sys.exit
+    add = parser.add_argument
+    add("sources", nargs="+", type=Path, help="folders of PNG files or checkpoints")
+    add("-n", type=int, default=1000, help="to draw, with the flags that follow --")
+    add("--data-dir", default="data", help="of the real images (%(default)s)")
+    add("--judge", type=Path, help="the classifier (judge_*.pt in the --data-dir)")
+    add("--cas", action="store_true", help="train another on the drawings alone")
+    args = parser.parse_args(argv[:end])
     for source in args.sources:
-        try:
-            folder = source if source.is_dir() else Path(tempfile.mkdtemp())
-            if folder != source:
-                script = torch.load(source, "cpu", weights_only=True)["config"]["script"]
-                draw = [sys.executable, Path(common.__file__).with_stem(script), "--ckpt", source]
-                draw += [f"-n={args.n}", f"--out={folder}/", *sys.argv[end + 1 :]]
-                subprocess.run(draw, check=True)
-            files = sorted(folder.glob("*.png"))
-            size = datasets.folder.default_loader(files[0]).width
-            images = torch.stack([common.read_image(file, size, 3) for file in files]).to(DEVICE)
-            name, channels = ("MNIST", 1) if size == 28 else ("CIFAR10", 3)
-            images = ink(images) if name == "MNIST" else images
-            train, test, names = common.load_data(name, args.data_dir, size, channels, DEVICE)
-            some = torch.randperm(len(test[0]), generator=torch.manual_seed(0))[: len(images)]
-            judge = args.judge or Path(args.data_dir, f"judge_{name.lower()}.pt")
-            state = torch.load(judge, DEVICE, weights_only=True) if judge.exists() else {}
-            model = network(channels, len(names)).eval()
-            model.load_state_dict(state.get("model", model.state_dict()))
-        except Exception as error:  # of many kinds, for a file can be damaged in many ways
-            parser.error(f"{source}, its data or its classifier cannot be read: {error!r:.200}")
-        if not state:
-            model, state["train"] = fit(*train, len(names))
-            torch.save({"model": model.state_dict(), "train": state["train"]}, judge)
-        asked = torch.tensor([int(k) for file in files for k in re.findall(r"-(\d+)$", file.stem)])
-        report(source, model, images, asked, state["train"], names)
-        report("as many real ones", model, test[0][some], test[1][some], state["train"], names)
-        if args.cas and len(asked) == len(images):
-            model, features = fit(images, asked.to(DEVICE), len(names))
-            report("all real ones, to one trained on these", model, *test, features, names)
+        examine(source, args, flags=argv[end + 1 :])
 
 
 if __name__ == "__main__":

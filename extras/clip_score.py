@@ -11,22 +11,13 @@ same for real images.
 
 import argparse
 import logging
-import re
 import sys
-from pathlib import Path
 
 import torch
-from PIL import Image
+from tools import DEVICE, read_folder
 from torchvision.transforms.functional import to_pil_image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def fail(message):
-    """For what the user can put right: one line and exit code 2, no traceback."""
-    print(f"clip_score.py: {' '.join(str(message).split())[:300]}", file=sys.stderr)
-    sys.exit(2)
+from common import Progress, load_data
 
 
 def load_clip(name, weights):
@@ -34,40 +25,19 @@ def load_clip(name, weights):
     try:
         import open_clip
     except ImportError as error:
-        fail(f"pip install open_clip_torch ({error})")
+        sys.exit(f"pip install open_clip_torch ({error})")
     logging.disable(logging.ERROR)  # its own lines, before the error that is shown below
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(name, weights)
         return model, open_clip.get_tokenizer(name), preprocess
     except Exception as error:  # of many kinds: no network, no such model, another kind of file
-        fail(f"bring the weights of {name} in a file and say --weights FILE: {error}")
-
-
-def read_folder(folder):
-    """The images of files like 000042-3.png, uint8 (N, 3, H, W), and their classes (N,)."""
-    from common import read_image
-
-    files = sorted(Path(folder).glob("*.png"))
-    if not files:
-        fail(f"{folder} holds no PNG files")
-    images, labels = [], []
-    for path in files:
-        label = re.search(r"-(\d+)$", path.stem)
-        if not label:
-            fail(f"{path}: the class is missing in its name, as in 000042-3.png")
-        labels.append(int(label[1]))
-        try:
-            with Image.open(path) as image:
-                size = image.width
-            images.append(read_image(path, size, 3))
-        except (OSError, ValueError) as error:
-            fail(error)
-    return images, torch.tensor(labels)
+        reason = " ".join(str(error).split())[:200]
+        sys.exit(f"bring the weights of {name} in a file and say --weights FILE: {reason}")
 
 
 @torch.no_grad()
 def clip_scores(clip, images, labels, captions):
-    """Of uint8 images (3, H, W) and their classes (N,): how near they are to captions.
+    """Of uint8 images (N, 3, H, W) and their classes (N,): how near they are to captions.
 
     Three numbers: 100 x cosine with their own caption, the same with the captions of other classes,
     and the share of images that are nearest to their own.
@@ -75,12 +45,15 @@ def clip_scores(clip, images, labels, captions):
     model, tokenizer, preprocess = clip
     text = model.encode_text(tokenizer(captions).to(DEVICE))
     text = text / text.norm(dim=1, keepdim=True)
+    progress = Progress(len(images), "images seen by CLIP")
     cosines = []
-    for start in range(0, len(images), 64):
-        batch = [preprocess(to_pil_image(image)) for image in images[start : start + 64]]
-        seen = model.encode_image(torch.stack(batch).to(DEVICE))
-        cosines.append(seen / seen.norm(dim=1, keepdim=True) @ text.T)
-    scores = 100 * torch.cat(cosines).cpu()
+    for part in images.split(64):
+        pixels = torch.stack([preprocess(to_pil_image(image)) for image in part])
+        seen = model.encode_image(pixels.to(DEVICE))
+        seen = seen / seen.norm(dim=1, keepdim=True)
+        cosines.append(seen @ text.T)
+        progress.add(len(part))
+    scores = 100 * torch.cat(cosines).cpu()  # (N, captions)
     own = scores.gather(1, labels[:, None])[:, 0]
     others = (scores.sum(dim=1) - own) / (len(captions) - 1)
     nearest = scores.argmax(dim=1) == labels
@@ -89,10 +62,8 @@ def clip_scores(clip, images, labels, captions):
 
 def main(argv=None, clip=None):
     """clip=(model, tokenizer, preprocess) takes the place of what --model names."""
-    from common import load_data
-
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.error = fail
+    parser.error = sys.exit
     add = parser.add_argument
     add("folder", help="of PNG files whose names end in their class: 000042-3.png")
     add("--data-dir", default="data", help="as for the scripts (%(default)s)")
@@ -102,17 +73,17 @@ def main(argv=None, clip=None):
     args = parser.parse_args(argv)
 
     images, labels = read_folder(args.folder)
-    size = images[0].shape[-1]
-    data = "MNIST" if size <= 28 else "CIFAR10"
-    try:
-        train_set, test_set, names = load_data(data, args.data_dir, size, 3)
-    except (OSError, ValueError) as error:
-        fail(f"--data-dir {args.data_dir}: {error}")
-    if labels.max() >= len(names):
-        fail(f"{args.folder} has class {labels.max()}, and {args.data_dir} has {len(names)}")
-    model, *rest = clip or load_clip(args.model, args.weights)
-    clip = (model.to(DEVICE).eval(), *rest)
-    words = [name.split(" - ")[-1] for name in names]  # MNIST's are "7 - seven"
+    if labels is None:
+        sys.exit(f"{args.folder}: the class is missing in a name, as 3 in 000042-3.png")
+    size = images.shape[-1]
+    name = "MNIST" if size <= 28 else "CIFAR10"
+    train_set, test_set, class_names = load_data(name, args.data_dir, size, 3)
+    if labels.max() >= len(class_names):
+        known = f"{args.data_dir} has {len(class_names)} classes"
+        sys.exit(f"{args.folder} has class {labels.max()}, and {known}")
+    model, tokenizer, preprocess = clip or load_clip(args.model, args.weights)
+    clip = (model.to(DEVICE).eval(), tokenizer, preprocess)
+    words = [name.split(" - ")[-1] for name in class_names]  # MNIST's are "7 - seven"
     captions = [args.caption.replace("{}", word) for word in words]
     real_images, real_labels = test_set or train_set
     torch.manual_seed(0)

@@ -8,7 +8,6 @@ TensorFlow's Inception, by torch-fidelity (pip install torch-fidelity); of digit
 """
 
 import argparse
-import importlib
 import subprocess
 import sys
 import tempfile
@@ -16,17 +15,12 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
-from PIL import Image
-from torch.utils.data import Subset
+from tools import load, read_folder
+from torch.utils.data import Dataset
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-FLAGS = ("sampler", "steps", "eta", "guidance", "guidance_interval", "classes", "prompt", "seed")
+from common import Progress, load_data
 
-
-def fail(message):
-    """For what the user can put right: one line and exit code 2, no traceback."""
-    print(f"fid.py: {' '.join(str(message).split())[:300]}", file=sys.stderr)
-    sys.exit(2)
+FLAGS = ("sampler", "steps", "guidance", "guidance_interval", "classes", "prompt", "seed")
 
 
 def find_inception(path):
@@ -35,93 +29,112 @@ def find_inception(path):
         import torch_fidelity
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
     except ImportError as error:
-        fail(f"pip install torch-fidelity ({error})")
+        sys.exit(f"pip install torch-fidelity ({error})")
     try:
         if path:  # torch-fidelity would run code that is in it
             torch.load(path, map_location="cpu", weights_only=True)
         else:
-            with redirect_stderr(sys.stdout):  # an error is one line
+            with redirect_stderr(sys.stdout):  # so that the error is one line
                 torch.hub.load_state_dict_from_url(URL_INCEPTION_V3, map_location="cpu")
     except Exception as error:  # of many kinds: no network, no file, another kind of file
-        fail(f"fetch {URL_INCEPTION_V3} and name it with --weights: {error}")
+        reason = " ".join(str(error).split())[:200]
+        sys.exit(f"fetch {URL_INCEPTION_V3} and name it with --weights: {reason}")
     return torch_fidelity
 
 
-def read_folder(folder):
-    """uint8 (N, 3, H, W) of the PNG files in a folder."""
-    from common import read_image
-
-    files = sorted(Path(folder).glob("*.png"))
-    if len(files) < 10:
-        fail(f"{folder} holds {len(files)} PNG files, too few")
-    try:
-        with Image.open(files[0]) as image:
-            size = image.width
-        return torch.stack([read_image(path, size, 3) for path in files])
-    except (OSError, ValueError) as error:
-        fail(error)
-
-
-def read_training_set(name, data_dir, size):
-    from common import load_data
-
-    try:
-        return load_data(name, data_dir, size, 3)[0][0]
-    except (OSError, ValueError) as error:
-        fail(f"--data-dir {data_dir}: {error}")
+def read(folder):
+    images, _ = read_folder(folder)
+    if len(images) < 10:
+        sys.exit(f"{folder} holds {len(images)} PNG files, too few")
+    return images
 
 
 def draw(script, args, flags):
-    """args.n images by the script that made the checkpoint, on every GPU."""
-    command, gpus = [sys.executable], torch.cuda.device_count()
+    """args.n images, uint8 (n, 3, S, S), by the script of the checkpoint, on every GPU."""
+    command = [sys.executable]
+    gpus = torch.cuda.device_count()
     if gpus > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
     command += [script.__file__, "--sample-only", "--ckpt", args.what, "-n", str(args.n), *flags]
     with tempfile.TemporaryDirectory() as folder:
-        if subprocess.run([*command, "--out", f"{folder}/"]).returncode:
-            sys.exit(2)  # the script has said why
-        return read_folder(folder)
+        drawing = subprocess.run([*command, "--out", f"{folder}/"])
+        if drawing.returncode != 0:
+            sys.exit(1)  # the script has said why
+        return read(folder)
+
+
+class Images(Dataset):
+    """The images (N, 3, S, S) as torch-fidelity takes them, one after the other."""
+
+    def __init__(self, images, progress):
+        self.images = images
+        self.progress = progress
+        self.taken = 0
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        self.progress.add(i + 1 - self.taken)  # it takes the first one twice
+        self.taken = i + 1
+        return self.images[i]
+
+
+def score(fidelity, images, real, weights):
+    """torch-fidelity's dict of scores of images against the real ones, both uint8 (N, 3, S, S)."""
+    progress = Progress(len(images) + len(real), "images seen by Inception")
+    return fidelity.calculate_metrics(
+        input1=Images(images, progress),
+        input2=Images(real, progress),
+        fid=True,
+        isc=True,
+        kid=True,
+        kid_subset_size=min(1000, len(images), len(real)),
+        cuda=torch.cuda.is_available(),
+        save_cpu_ram=True,  # no workers
+        feature_extractor_weights_path=weights,
+        cache=False,
+        verbose=False,
+    )
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     end = argv.index("--") if "--" in argv else len(argv)
+    flags = argv[end + 1 :]  # those of the script
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.error = fail
-    parser.add_argument("what", help="folder of PNG files, or checkpoint [-- flags for its script]")
-    parser.add_argument("--data-dir", default="data", help="as for the scripts (%(default)s)")
-    parser.add_argument("-n", type=int, default=50000, help="images to draw (%(default)s)")
-    parser.add_argument("--weights", help="Inception's, in a file, where they cannot be fetched")
+    parser.error = sys.exit
+    add = parser.add_argument
+    add("what", help="folder of PNG files, or checkpoint [-- flags for its script]")
+    add("--data-dir", default="data", help="as for the scripts (%(default)s)")
+    add("-n", type=int, default=50000, help="images to draw (%(default)s)")
+    add("--weights", help="Inception's, in a file, where they cannot be fetched")
     args = parser.parse_args(argv[:end])
     fidelity = find_inception(args.weights)
     if Path(args.what).is_dir():
-        how = ["drawn before: its sampler, steps, guidance and seed are yours to tell"]
-        images = read_folder(args.what)
-        gray = (images == images[:, :1]).all()
-        real = read_training_set("MNIST" if gray else "CIFAR10", args.data_dir, images.shape[-1])
+        source = "drawn before: its sampler, steps, guidance and seed are yours to tell"
+        images = read(args.what)
+        is_gray = (images == images[:, :1]).all()
+        name = "MNIST" if is_gray else "CIFAR10"
+        train_set, _, _ = load_data(name, args.data_dir, images.shape[-1], 3)
     else:
-        try:
-            state = torch.load(args.what, map_location="cpu", weights_only=True)
-            script = importlib.import_module(state["config"]["script"])
-            typed = vars(script.make_parser().parse_args(argv[end + 1 :]))
-        except Exception as error:  # of many kinds, for a file can be damaged in many ways
-            fail(f"{args.what} is no folder and cannot be loaded as a checkpoint: {error}")
-        how = [f"{script.NAME}, step {state['step']}, averaged weights (EMA)"]
-        how += [f"{flag} {typed[flag]}" for flag in FLAGS if flag in typed]
-        real = read_training_set(script.DATA, args.data_dir, script.SIZE)
-        images = draw(script, args, argv[end + 1 :])
-    size = min(1000, len(images), len(real))
-    metrics = {"fid": True, "isc": True, "kid": True, "kid_subset_size": size}
-    machine = {"cuda": torch.cuda.is_available(), "save_cpu_ram": True}  # and no workers
-    files = {"feature_extractor_weights_path": args.weights, "cache": False, "verbose": False}
-    drawn, real = Subset(images, range(len(images))), Subset(real, range(len(real)))
-    scores = fidelity.calculate_metrics(input1=drawn, input2=real, **metrics, **machine, **files)
-    print(f"{len(images)} images against {len(real)} for training; {', '.join(how)}")
+        script, _, state, _ = load(args.what)
+        typed = vars(script.make_parser().parse_args(flags))
+        source = f"{script.NAME}, step {state['step']}, averaged weights (EMA)"
+        for flag in FLAGS:
+            if flag in typed:
+                source += f", {flag} {typed[flag]}"
+        # Before the drawing, which may take hours, because the data may not be there.
+        train_set, _, _ = load_data(script.DATA, args.data_dir, script.SIZE, 3)
+        images = draw(script, args, flags)
+    real, _ = train_set
+    scores = score(fidelity, images, real, args.weights)
+    print(f"{len(images)} images against {len(real)} for training; {source}")
     if len(images) < 50000:
         print("papers draw 50000: with fewer, FID is higher")
     print(f"frechet_inception_distance {scores['frechet_inception_distance']:.4f}")
-    for key in ("kernel_inception_distance", "inception_score"):
-        print(f"{key} {scores[key + '_mean']:.5f} ± {scores[key + '_std']:.5f}")
+    for name in ("kernel_inception_distance", "inception_score"):
+        print(f"{name} {scores[name + '_mean']:.5f} ± {scores[name + '_std']:.5f}")
     return scores
 
 

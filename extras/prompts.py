@@ -12,43 +12,63 @@ the captions, and the digits are written, white on black.
 import argparse
 import random
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
+from tools import DEVICE, HOME
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ddim_unet_mnist as ddim
+from common import Progress, noises
 
-SHIPPED = Path(ddim.__file__).with_name("checkpoints") / "ddim_unet_mnist.pt"
+SHIPPED = HOME / "checkpoints" / "ddim_unet_mnist.pt"
 MIDDLE = (2.1 + 2.6) / 2  # of the widths that captions call thin and thick, in pixels
-
-
-def fail(message):
-    """For what the user can put right: one line and exit code 2, no traceback."""
-    print(f"prompts.py: {' '.join(str(message).split())[:300]}", file=sys.stderr)
-    sys.exit(2)
 
 
 def ask(n, held, seed):
     """n prompts, and int64 (n, 5): the digit, ink, paper, whether thick, whether leaning right."""
     choose = random.Random(seed).choice
-    pairs = [(k, c) for k in range(10) for c in range(8) if ddim.held_out(k, c) == held]
+    pairs = [pair for pair in product(range(10), range(8)) if ddim.held_out(*pair) == held]
     prompts, asked = [], []
     for _ in range(n):
         digit, ink = choose(pairs)
-        paper = choose([c for c in range(8) if c != ink])
-        thickness, side = choose(["thick", "thin"]), choose(["left", "right"])
+        paper = choose([colour for colour in range(8) if colour != ink])
+        thickness = choose(["thick", "thin"])
+        side = choose(["left", "right"])
         noun = choose([str(digit), ddim.DIGITS[digit]])
-        look, ground = f"{thickness} {ddim.COLOURS[ink]}", ddim.COLOURS[paper]
-        prompts.append(f"a {look} {noun} leaning {side} on {ground}")
+        look = f"{thickness} {ddim.COLOURS[ink]} {noun} leaning {side}"
+        prompts.append(f"a {look} on {ddim.COLOURS[paper]}")
         asked.append([digit, ink, paper, thickness == "thick", side == "right"])
     return prompts, torch.tensor(asked)
 
 
+def draw(model, prompts, args, progress):
+    """Images (N, 3, H, W), on the CPU. Image i is a function of --seed, i and its prompt."""
+    alphas_cumprod = ddim.schedule(DEVICE)
+    shape = (ddim.CHANNELS, ddim.SIZE, ddim.SIZE)
+    numbers = range(len(prompts))
+    drawn = []
+
+    def watch(x_t):
+        progress.add(len(x_t) / args.steps)
+
+    for start in range(0, len(numbers), args.micro_batch):
+        part = numbers[start : start + args.micro_batch]
+        tokens = torch.tensor([ddim.tokenize(prompts[i]) for i in part], device=DEVICE)
+        denoise = ddim.denoiser(model, alphas_cumprod, tokens, args.guidance)
+        noise = noises(args.seed, part, shape, DEVICE)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            images = ddim.draw(denoise, noise, alphas_cumprod, "ddim", args.steps, watch)
+        drawn.append(images.cpu())
+    return torch.cat(drawn)
+
+
 def colours(images):
     """Images (B, 3, H, W) -> their ink and paper (B,): numbers of the nearest in PALETTE."""
-    pixels, palette = images.flatten(2), ddim.PALETTE.flatten(1)
-    paper = images[:, :, [0, 1, -2, -1]].flatten(2).median(dim=2).values  # (B, 3)
+    palette = ddim.PALETTE.flatten(1)
+    pixels = images.flatten(2)
+    edge = images[:, :, [0, 1, -2, -1]].flatten(2)
+    paper = edge.median(dim=2).values  # (B, 3)
     distance = (pixels - paper[:, :, None]).square().sum(dim=1)
     inner = distance.topk(10).indices  # the edges of a stroke are mixed with paper
     ink = pixels.gather(2, inner[:, None].expand(-1, 3, -1)).mean(dim=2)
@@ -88,40 +108,57 @@ def average(values):
     return f"{mean:{form}} ± {error:{form}}"
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.error = fail
-    parser.set_defaults(**vars(ddim.make_parser().parse_args([])))  # as the script draws
-    add = parser.add_argument
-    add("checkpoint", nargs="?", default=SHIPPED, help="of ddim_unet_mnist.py (%(default)s)")
-    add("-n", type=ddim.within(2, 1e6, int), default=1000, help="prompts of each (%(default)s)")
-    add("--out", default="prompts/", help="for seen/ and held_out/, which are new (%(default)s)")
-    add("--guidance", type=ddim.within(0, 1e3), help="as for the script (%(default)s)")
-    add("--steps", type=ddim.within(1, ddim.T, int), help="of DDIM (%(default)s)")
-    add("--seed", type=ddim.within(0, 2**31, int), help="of prompts and noise (%(default)s)")
-    args = parser.parse_args(argv)
-    model = ddim.load(args.checkpoint)[0].to(args.device)
-    folders = [Path(args.out, name) for name in ("seen", "held_out")]
+def make_folder(folder):
+    """Make a new folder: no digits of another run may be among these."""
     try:
-        for folder in folders:
-            folder.mkdir(parents=True)  # no digits of another run may be among these
+        folder.mkdir(parents=True, exist_ok=True)
+        others = list(folder.iterdir())
     except OSError as error:
-        fail(f"--out {args.out}: {error}")
+        sys.exit(f"--out: {error}")
+    if others:
+        sys.exit(f"--out: {folder} is not empty, name another folder")
+
+
+def main(argv=None):
+    usual = ddim.make_parser().parse_args([])  # as the script draws
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.error = sys.exit
+    add = parser.add_argument
+
+    def flag(name, default, text, **options):
+        add(name, type=type(default), default=default, help=f"{text} (%(default)s)", **options)
+
+    add("checkpoint", nargs="?", default=SHIPPED, help="of ddim_unet_mnist.py (%(default)s)")
+    flag("-n", 1000, "prompts of each")
+    flag("--out", "prompts/", "for seen/ and held_out/, which are new")
+    flag("--guidance", usual.guidance, "as for the script")
+    flag("--steps", usual.steps, "of DDIM")
+    flag("--seed", usual.seed, "of prompts and noise")
+    flag("--dtype", usual.dtype, "of the network", choices=["float32", "bfloat16"])
+    flag("--micro-batch", usual.micro_batch, "images at a time")
+    args = parser.parse_args(argv)
+    if min(args.n, args.steps, args.micro_batch) < 1:
+        sys.exit("numbers of images and steps must be 1 at least")
+    model, _ = ddim.load(args.checkpoint)
+    model.to(DEVICE)
+    folders = [Path(args.out, "seen"), Path(args.out, "held_out")]
+    for folder in folders:
+        make_folder(folder)
+
+    progress = Progress(2 * args.n, "images")
     columns = []
     for folder in folders:
         prompts, asked = ask(args.n, folder.name == "held_out", args.seed)
-        tokens = [ddim.tokenize(prompt) for prompt in prompts]
-        parts = torch.arange(args.n).split(100)
-        images = torch.cat([ddim.draw(model, args, tokens, part.tolist())[-1] for part in parts])
-        digits, found = judge(images.cpu(), asked)
+        images = draw(model, prompts, args, progress)
+        digits, found = judge(images, asked)
         columns.append(found)
-        for i, (digit, k) in enumerate(zip(digits, asked[:, 0], strict=True)):
-            with ddim.replacing(folder / f"{i:06d}-{k}.png") as path:
-                ddim.picture(digit[None]).save(path, "PNG")
+        for i, digit in enumerate(digits):
+            ddim.picture(digit[None]).save(folder / f"{i:06d}-{asked[i, 0]}.png")
     print(f"{args.checkpoint}, guidance {args.guidance:g}, {args.steps} steps, {args.n} each")
     print(f"{'':20}{'seen':>15}{'held out':>15}")
-    for name, seen in columns[0].items():
-        print(f"{name:20}{average(seen):>15}{average(columns[1][name]):>15}")
+    seen, held_out = columns
+    for name in seen:
+        print(f"{name:20}{average(seen[name]):>15}{average(held_out[name]):>15}")
 
 
 if __name__ == "__main__":

@@ -8,121 +8,182 @@ networks of about one size, as they come and in alternation, so that all see the
 
 import argparse
 import importlib
-import itertools
 import statistics
 import sys
 import time
-from pathlib import Path
+from functools import partial
 
 import torch
+import torch.nn.functional as F
+from tools import DEVICE
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from common import Progress
 
 
-def fail(message):
-    """For what the user can put right: one line and exit code 2, no traceback."""
-    print(f"speed.py: {' '.join(str(message).split())[:300]}", file=sys.stderr)
-    sys.exit(2)
+def list_unets():
+    """[(module, class, its arguments), ..]"""
+    diffusers = {
+        "sample_size": 28,
+        "in_channels": 1,
+        "out_channels": 1,
+        "num_class_embeds": 10,
+        "block_out_channels": (32, 64, 128),
+        "norm_num_groups": 8,
+        "down_block_types": 3 * ["DownBlock2D"],
+        "up_block_types": 3 * ["UpBlock2D"],
+        "add_attention": False,  # as ours has none; lucidrains' cannot do without
+    }
+    lucidrains = {"dim": 32, "dim_mults": (1, 2, 4), "channels": 1}
+    return [
+        ("ddpm_unet_mnist", "UNet", {}),
+        ("diffusers", "UNet2DModel", diffusers),
+        ("denoising_diffusion_pytorch", "Unet", lucidrains),
+    ]
 
 
-def list_networks(what, depth, patch):
-    """The shape of an image, and [(module, class, its arguments), ..]."""
-    if what == "unet":
-        peer = {"sample_size": 28, "in_channels": 1, "out_channels": 1, "num_class_embeds": 10}
-        peer |= {"block_out_channels": (32, 64, 128), "norm_num_groups": 8}
-        peer |= {"down_block_types": 3 * ["DownBlock2D"], "up_block_types": 3 * ["UpBlock2D"]}
-        peer |= {"add_attention": False}  # as ours has none; lucidrains' cannot do without
-        lucid = {"dim": 32, "dim_mults": (1, 2, 4), "channels": 1}
-        ours = [("ddpm_unet_mnist", "UNet", {})]
-        peers = [("diffusers", "UNet2DModel", peer), ("denoising_diffusion_pytorch", "Unet", lucid)]
-        return (1, 28, 28), ours + peers
-    shape = {"dim": 384, "depth": depth, "heads": 6, "patch": patch}
-    peer = {"in_channels": 3, "out_channels": 3, "sample_size": 32, "patch_size": patch}
-    peer |= {"num_layers": depth, "num_attention_heads": 6, "attention_head_dim": 64}
-    peer |= {"attention_bias": True, "num_embeds_ada_norm": 10}
-    small = {"in_dim": 32, "channels": 3, "depth": depth, "num_heads": 6, "patch_size": patch}
-    ours = [("dit_cifar10", "DiT", shape), ("uvit_cifar10", "UViT", shape)]
-    peers = [("diffusers", "DiTTransformer2DModel", peer), ("smalldiffusion", "DiT", small)]
-    return (3, 32, 32), ours + peers
+def list_transformers(depth, patch):
+    """[(module, class, its arguments), ..]"""
+    ours = {"dim": 384, "depth": depth, "heads": 6, "patch": patch}
+    diffusers = {
+        "in_channels": 3,
+        "out_channels": 3,
+        "sample_size": 32,
+        "patch_size": patch,
+        "num_layers": depth,
+        "num_attention_heads": 6,
+        "attention_head_dim": 64,
+        "attention_bias": True,
+        "num_embeds_ada_norm": 10,
+    }
+    smalldiffusion = {
+        "in_dim": 32,
+        "channels": 3,
+        "depth": depth,
+        "num_heads": 6,
+        "patch_size": patch,
+    }
+    return [
+        ("dit_cifar10", "DiT", ours),
+        ("uvit_cifar10", "UViT", ours),
+        ("diffusers", "DiTTransformer2DModel", diffusers),
+        ("smalldiffusion", "DiT", smalldiffusion),
+    ]
 
 
 def evaluate(net, x, t):
-    if type(net).__module__.startswith("diffusers"):
+    package = type(net).__module__.split(".")[0]
+    if package == "diffusers":
         return net(x, t, class_labels=t % 10).sample
-    if type(net).__module__.startswith("smalldiffusion"):  # it knows noise levels, not times
+    if package == "smalldiffusion":  # it knows noise levels, not times
         return net(x, (t + 1).view(-1, 1, 1, 1) / 100)
     return net(x, t)
 
 
-def step(net, optimizer, dtype, x, t):
-    """A training step, or without an optimizer what a sampler does: an evaluation."""
-    net.train(optimizer is not None)
-    autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16")
-    with autocast, torch.set_grad_enabled(net.training):
+def train_step(net, optimizer, dtype, x, t):
+    net.train()
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16"):
         out = evaluate(net, x, t)
-    if net.training:
-        torch.nn.functional.mse_loss(out.float(), x).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    F.mse_loss(out.float(), x).backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
 
-def seconds(function, *inputs):
+@torch.no_grad()
+def draw_step(net, dtype, x, t):
+    """What a sampler does: an evaluation."""
+    net.eval()
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16"):
+        evaluate(net, x, t)
+
+
+def seconds(run):
     start = time.perf_counter()
-    function(*inputs)
+    run()
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
+def list_matmuls():
+    """{dtype: a product of two matrices of side 2048}, without bfloat16 where it is emulated."""
+    a = torch.randn(2048, 2048, device=DEVICE)
+    b = a.bfloat16()
+    matmuls = {"float32": partial(torch.mm, a, a), "bfloat16": partial(torch.mm, b, b)}
+    best = {}
+    for dtype, matmul in matmuls.items():
+        best[dtype] = min(seconds(matmul) for _ in range(3))
+    if best["bfloat16"] > best["float32"]:
+        del matmuls["bfloat16"]
+    return matmuls
+
+
+def count_flops(net, x, t):
+    """Of an evaluation, with attention written out, so that it is counted."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        evaluate(net, x, t)
+    return counter.get_total_flops()
+
+
+def measure(runs, rounds):
+    """The median time in seconds of each of runs, {key: function}, taken in turn."""
+    times = {key: [] for key in runs}
+    progress = Progress((rounds + 1) * len(runs), "measurements")
+    for _ in range(rounds + 1):
+        for key, run in runs.items():
+            times[key].append(seconds(run))
+            progress.add(1)
+    # The first round warms up.
+    return {key: statistics.median(measured[1:]) for key, measured in times.items()}
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.error = fail
+    parser.error = sys.exit
     add = parser.add_argument
     add("--what", choices=["unet", "transformer"], default="unet", help="(%(default)s)")
     add("--batch", type=int, default=32, help="images in a step (%(default)s)")
-    add("--rounds", type=int, default=10, help="of which the median is told (%(default)s)")
+    add("--rounds", type=int, default=10, help="the median is reported (%(default)s)")
     add("--depth", type=int, default=12, help="blocks of a transformer (%(default)s)")
     add("--patch", type=int, choices=[2, 4, 8], default=4, help="of a transformer (%(default)s)")
     args = parser.parse_args(argv)
     if min(args.batch, args.rounds, args.depth) < 1:
-        fail("--batch, --rounds and --depth must be 1 at least")
-    shape, networks = list_networks(args.what, args.depth, args.patch)
+        sys.exit("--batch, --rounds and --depth must be 1 at least")
+    if args.what == "unet":
+        shape = (1, 28, 28)
+        networks = list_unets()
+    else:
+        shape = (3, 32, 32)
+        networks = list_transformers(args.depth, args.patch)
     x = torch.randn(args.batch, *shape, device=DEVICE)
     t = torch.randint(1000, (args.batch,), device=DEVICE)
-    a = torch.randn(2048, 2048, device=DEVICE)
-    matrices = {"float32": a, "bfloat16": a.bfloat16()}
-    first = [min(seconds(torch.mm, a, a) for _ in range(3)) for a in matrices.values()]
-    if first[1] > first[0]:
-        del matrices["bfloat16"]  # this machine emulates it
-    runs = {("matmul", dtype): (torch.mm, a, a) for dtype, a in matrices.items()}
+    matmuls = list_matmuls()
+    runs = {("matmul", dtype): matmul for dtype, matmul in matmuls.items()}
     flops = {}  # of an evaluation; a training step takes three times as many
     for module, name, options in networks:
         try:
-            net = getattr(importlib.import_module(module), name)(**options).to(DEVICE)
+            network = getattr(importlib.import_module(module), name)
         except ImportError as error:
             print(f"{module} is left out, pip install {module} ({error})")
             continue
-        label = f"{module} {name}, {sum(map(torch.numel, net.parameters())) / 1e6:.2f} M"
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            evaluate(net, x, t)  # with attention written out, so that it is counted
-        flops[label] = counter.get_total_flops()
+        net = network(**options).to(DEVICE)
+        size = sum(map(torch.numel, net.parameters())) / 1e6
+        label = f"{module} {name}, {size:.2f} M"
+        flops[label] = count_flops(net, x, t)
         optimizer = torch.optim.Adam(net.parameters(), fused=True)
-        for dtype in matrices:
-            runs[label, dtype] = (step, net, optimizer, dtype, x, t)
-            runs[label, dtype, "drawing"] = (step, net, None, dtype, x, t)
-    times = {key: [] for key in runs}
-    for _ in range(args.rounds + 1):  # the first one warms up
-        for key, run in runs.items():
-            times[key].append(seconds(*run))
-    median = {key: statistics.median(measured[1:]) for key, measured in times.items()}
-    for label, dtype in itertools.product(flops, matrices):
-        train, draw = median[label, dtype], median[label, dtype, "drawing"]
-        share = 3 * flops[label] / train / (2 * len(a) ** 3 / median["matmul", dtype])
-        print(f"{label}, {dtype}: training {args.batch / train:.1f} images/s, ", end="")
-        print(f"{share:.0%} of the matmul rate, evaluation {args.batch / draw:.1f} images/s")
+        for dtype in matmuls:
+            runs[label, dtype, "training"] = partial(train_step, net, optimizer, dtype, x, t)
+            runs[label, dtype, "drawing"] = partial(draw_step, net, dtype, x, t)
+    median = measure(runs, args.rounds)
+    for label in flops:
+        for dtype in matmuls:
+            training = median[label, dtype, "training"]
+            drawing = median[label, dtype, "drawing"]
+            matmul_rate = 2 * 2048**3 / median["matmul", dtype]  # operations a second
+            share = 3 * flops[label] / training / matmul_rate
+            rates = f"training {args.batch / training:.1f} images/s, {share:.0%} of the matmul rate"
+            print(f"{label}, {dtype}: {rates}, evaluation {args.batch / drawing:.1f} images/s")
 
 
 if __name__ == "__main__":

@@ -1,57 +1,88 @@
 """Tests of what one script alone has: colours (ddim_unet_mnist.py), schedules (ddpm)."""
 
+import itertools
+
 import pytest
 import torch
+from conftest import write_folders
 
+import common
 import ddim_unet_mnist as ddim
 import ddpm_unet_mnist as ddpm
 
+# ---- Colours
+
 
 def nearest_colours(pixels):
-    """(B, 3) -> numbers of the nearest colours of the palette and how far they are, (B,) each."""
-    distance, number = (pixels[:, None] - ddim.PALETTE[:, :, 0, 0]).norm(dim=2).min(dim=1)
-    assert distance.max() < 1e-5
+    """Numbers of the colours of the palette that pixels (B, 3) have; they have to be exact."""
+    palette = ddim.PALETTE[:, :, 0, 0]
+    distance, number = torch.cdist(pixels, palette).min(dim=1)
+    assert distance.max() < 1e-3
     return number.tolist()
 
 
-def test_colours_are_as_said_and_never_those_that_are_held_out():
-    x0 = -torch.ones(9999, 1, 28, 28)
+@pytest.fixture(scope="module")
+def illustrated():
+    """9999 bars in colour with captions that name both colours: (inks, papers, tokens, digits)."""
+    x0 = torch.full((9999, 1, 28, 28), -1.0)
     x0[:, :, 4:24, 12:16] = 1
     y = torch.arange(9999) % 10
+    torch.manual_seed(0)
     u = torch.rand(9999, 12).clamp(min=0.1)
     u[:, 9:11] = 0  # both colours are mentioned
     coloured, tokens = ddim.illustrate(x0, y, u)
     inks = nearest_colours(coloured[:, :, 13, 13])
     papers = nearest_colours(coloured[:, :, 0, 0])
-    for row, ink, paper in zip(tokens.tolist(), inks, papers, strict=True):
-        words = [ddim.WORDS[token] for token in row if ddim.WORDS[token] in ddim.COLOURS]
-        assert words == [ddim.COLOURS[ink], ddim.COLOURS[paper]]
-    pairs = {(ink, paper) for ink in range(8) for paper in range(8) if ink != paper}
+    return inks, papers, tokens.tolist(), y.tolist()
+
+
+def test_captions_name_the_colours_that_are_painted(illustrated):
+    inks, papers, tokens, _ = illustrated
+    for ink, paper, row in zip(inks, papers, tokens, strict=True):
+        words = [ddim.WORDS[token] for token in row]
+        colours = [word for word in words if word in ddim.COLOURS]
+        assert colours == [ddim.COLOURS[ink], ddim.COLOURS[paper]]
+        assert words[words.index("on") + 1] == ddim.COLOURS[paper]
+
+
+def test_all_pairs_of_colours_are_painted(illustrated):
+    inks, papers, _, _ = illustrated
+    pairs = set(itertools.permutations(range(8), 2))
     assert set(zip(inks, papers, strict=True)) == pairs
-    seen = {(digit, ink) for digit in range(10) for ink in range(8) if (digit + ink) % 7}
-    assert len(seen) == 68
-    assert set(zip(y.tolist(), inks, strict=True)) == seen
+
+
+def test_pairs_that_are_held_out_are_not_painted(illustrated):
+    inks, _, _, digits = illustrated
+    pairs = set(itertools.product(range(10), range(8)))
+    held_out = {(digit, ink) for digit, ink in pairs if ddim.held_out(digit, ink)}
+    assert len(held_out) == 12
+    assert set(zip(digits, inks, strict=True)) == pairs - held_out
 
 
 def test_colour_images_are_painted_as_grey_ones_are():
     grey = torch.rand(4, 1, 28, 28) * 2 - 1
-    y, u = torch.arange(4), torch.rand(4, 12)
-    one, captions = ddim.illustrate(grey, y, u)
+    y = torch.arange(4)
+    u = torch.rand(4, 12)
+    one, tokens = ddim.illustrate(grey, y, u)
     other, same = ddim.illustrate(grey.expand(-1, 3, -1, -1), y, u)
     torch.testing.assert_close(one, other)
-    assert torch.equal(captions, same)
+    assert torch.equal(tokens, same)
 
 
-@pytest.mark.parametrize(
-    ("name", "last"), [("linear", 4.04e-5), ("cosine", 2.43e-9), ("flow", 1e-6)]
-)
-def test_schedules_fall_from_one_to_nothing(name, last):
-    a = ddpm.schedule(name=name)
-    assert a.shape == (1000,)
-    assert a.dtype == torch.float32
-    assert a[0] > 0.999
-    assert (a.diff() < 0).all()
-    assert a[-1].item() == pytest.approx(last, rel=0.01)
+# ---- Schedules
+
+SCHEDULES = [
+    ("linear", common.linear_schedule),
+    ("cosine", common.cosine_schedule),
+    ("flow", common.flow_schedule),
+]
+
+
+@pytest.mark.parametrize(("name", "expected"), SCHEDULES)
+def test_schedules_by_name(name, expected):
+    alphas_cumprod = ddpm.schedule(name=name)
+    assert torch.equal(alphas_cumprod, expected(1000))
+    assert ddpm.make_parser().parse_args(["--schedule", name]).schedule == name
 
 
 def test_ddim_on_the_flow_schedule_is_euler_on_straight_paths():
@@ -74,30 +105,60 @@ def test_ddim_on_the_flow_schedule_is_euler_on_straight_paths():
     assert (z - drawn).abs().max() < 1e-5
 
 
-def test_the_schedule_of_a_run_is_kept(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A function that calls main() of ddpm_unet_mnist.py in a folder with a little data."""
     monkeypatch.chdir(tmp_path)
-    for part in ("train", "test"):
-        for k in range(2):
-            path = tmp_path / "data" / part / str(k) / "x.png"
-            path.parent.mkdir(parents=True)
-            ddpm.picture(torch.rand(1, 1, 28, 28)).save(path)
+    write_folders(tmp_path / "data", "train/a", "train/b", "test/a", "test/b")
 
     def run(flags):
-        flags = f"--device cpu --dim 16 --batch-size 4 -n 1 --steps 2 {flags}"
+        flags = f"--device cpu --dtype float32 -n 1 --steps 2 {flags}"
         monkeypatch.setattr("sys.argv", ["ddpm_unet_mnist.py", *flags.split()])
         ddpm.main()
 
-    run("--max-steps 1 --schedule flow --run-dir run")
-    model, state = ddpm.load("run/ckpt.pt")
-    assert model.schedule == state["config"]["schedule"] == "flow"
-    run("--max-steps 2 --run-dir run --resume")
-    assert ddpm.load("run/ckpt.pt")[0].schedule == "flow"
-    with pytest.raises(SystemExit, match="2"):
-        run("--max-steps 3 --schedule cosine --run-dir run --resume")
-    assert "schedule was flow" in capsys.readouterr().err
-    used = []
-    monkeypatch.setitem(
-        ddpm.SAMPLERS, "ddim", lambda *args, **options: used.append(args[2]) or args[1]
-    )
+    return run
+
+
+def test_a_run_keeps_its_flags_but_what_is_typed_with_resume_wins(run):
+    run("--run-dir run --dim 16 --batch-size 4 --max-steps 1 --schedule flow --lr 0.5 --seed 7")
+    run("--run-dir run --resume --max-steps 3 --lr 0.25 --batch-size 6")
+    _, state = ddpm.load("run/ckpt.pt")
+    config = state["config"]
+    assert [config["schedule"], config["dim"], config["seed"]] == ["flow", 16, 7]
+    assert [config["max_steps"], config["lr"], config["batch_size"]] == [3, 0.25, 6]
+    assert [state["step"], state["images"]] == [3, 4 + 6 + 6]
+
+
+def test_a_run_keeps_its_schedule_and_its_network(run):
+    run("--run-dir run --dim 16 --batch-size 4 --max-steps 1 --schedule flow")
+    resume = "--run-dir run --resume --max-steps 2 "
+    with pytest.raises(SystemExit, match="--schedule was flow, and a run keeps it"):
+        run(resume + "--schedule cosine")
+    with pytest.raises(SystemExit, match="--dim was 16, and a run keeps it"):
+        run(resume + "--dim 32")
+    run(resume + "--schedule flow --dim 16")
+
+
+def test_training_and_drawing_take_the_schedule_of_the_run(run, monkeypatch):
+    trained = []
+    drawn = []
+    loss = ddpm.loss
+
+    def spy_on_loss(model, x0, y, t, noise, alphas_cumprod):
+        trained.append(alphas_cumprod)
+        return loss(model, x0, y, t, noise, alphas_cumprod)
+
+    def spy_on_sampler(denoise, x, alphas_cumprod, steps, randn):
+        drawn.append(alphas_cumprod)
+        return x
+
+    run("--run-dir run --dim 16 --batch-size 4 --max-steps 1 --schedule flow")
+    monkeypatch.setattr(ddpm, "loss", spy_on_loss)
+    monkeypatch.setitem(ddpm.SAMPLERS, "ddim", spy_on_sampler)
+    run("--run-dir run --resume --max-steps 2 --sampler ddim")
     run("--ckpt run/ckpt.pt --sampler ddim")
-    assert torch.equal(used[0], ddpm.schedule(name="flow"))
+    assert len(drawn) == 2  # where training ended, and from the checkpoint
+    flow = common.flow_schedule(1000)
+    assert len(trained) > 2  # a step, its validation, and what the numbers mean
+    for alphas_cumprod in trained + drawn:
+        assert torch.equal(alphas_cumprod, flow)

@@ -1,0 +1,57 @@
+"""What the programs in this folder share: they load any script's checkpoint, and folders of images.
+
+Importing it puts the scripts on the path, so that `import common` works from here.
+"""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+HOME = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(HOME))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SCRIPTS = ["ddpm_unet_mnist", "ddim_unet_mnist", "dit_cifar10", "uvit_cifar10"]
+
+
+def load(path):
+    """(script, model, state, alphas_cumprod) of a checkpoint; the script is an imported module.
+
+    The model and the schedule are on DEVICE. Exits with one line where there is no checkpoint.
+    """
+    try:
+        name = torch.load(path, map_location="cpu", weights_only=True)["config"]["script"]
+    except Exception as error:  # of a dozen kinds, because a file can be damaged in many ways
+        sys.exit(f"{path} is not a checkpoint: {type(error).__name__}")
+    if name not in SCRIPTS:
+        sys.exit(f"{path} belongs to {name!r}, which is none of {', '.join(SCRIPTS)}")
+    script = importlib.import_module(name)
+    model, state = script.load(path)
+    schedule = [state["config"]["schedule"]] if "schedule" in state["config"] else []
+    return script, model.to(DEVICE), state, script.schedule(DEVICE, *schedule)
+
+
+def read_folder(folder):
+    """The PNG files of a folder, uint8 (N, 3, S, S), and their classes (N,): 3 of 000042-3.png.
+
+    The size S is that of the first file. Where a name has no class, classes are None. Exits with
+    one line where there are no such files, or one cannot be read.
+    """
+    from common import read_image
+
+    files = sorted(path for path in Path(folder).glob("*.png") if not path.name.startswith("."))
+    if not files:
+        sys.exit(f"{folder} holds no PNG files")
+    try:
+        with Image.open(files[0]) as image:
+            size = image.width
+        images = torch.stack([read_image(path, size, 3) for path in files])
+    except (OSError, ValueError) as error:
+        sys.exit(f"{folder}: {error}")
+    found = [re.search(r"-(\d+)$", path.stem) for path in files]
+    if not all(found):
+        return images, None
+    return images, torch.tensor([int(match[1]) for match in found])
