@@ -525,6 +525,8 @@ def open_run(parser, args, path):
     for flag in ("run_dir", "device", "dtype", "compile", "micro_batch"):  # not those of the run
         config[flag] = vars(args)[flag]
     args = parser.parse_args(namespace=argparse.Namespace(**config))  # what is typed wins
+    if args.schedule != config["schedule"]:
+        sys.exit(f"--resume: the schedule was {config['schedule']}, and a run keeps it")
     return lock, args, state
 
 

@@ -210,7 +210,7 @@ def test_schedules():
     assert COSINE[0].item() == pytest.approx(f[1] / f[0], rel=1e-7)
     assert COSINE[-1].item() == pytest.approx(f[999] / f[0] * 0.001, rel=1e-6)
     flow = common.flow_schedule()
-    assert flow[[0, 499, 999]].tolist() == pytest.approx([0.999999, 0.500999, 1e-6], rel=1e-5)
+    assert flow[[0, 499, 999]].tolist() == pytest.approx([0.999999, 0.500999, 1e-6], rel=1e-4)
     for a in (LINEAR, COSINE, flow, common.cosine_schedule(4000)):
         assert 0 < a.min() <= a.max() < 1
         assert (a.diff() < 0).all()
@@ -945,7 +945,8 @@ def test_a_run_is_locked_while_it_trains(monkeypatch):
     lines = []
 
     def second_run(step, args):
-        lines.append(refused(dit, "--run-dir run"))
+        with mock.patch.object(dit, "train"):
+            lines.append(refused(dit, "--run-dir run"))
         return 0.01
 
     with monkeypatch.context() as patch:
@@ -1004,6 +1005,7 @@ def test_processes_share_a_folder(monkeypatch):
     net = network(dit)
     args = parse(dit, "--micro-batch 2")
     y = [3, 7] * 5
+    Path("three").mkdir()
     monkeypatch.setattr(dit, "WORLD", 3)
     for rank, files in ((2, 3), (1, 6), (0, 10)):
         monkeypatch.setattr(dit, "RANK", rank)

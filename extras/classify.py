@@ -115,9 +115,9 @@ def draw(checkpoint, n, flags):
     script = load(checkpoint)[0]
     folder = Path(tempfile.mkdtemp())
     command = [sys.executable, script.__file__, "--ckpt", checkpoint, "-n", str(n)]
-    process = subprocess.run([*command, "--out", f"{folder}/", *flags])
-    if process.returncode:
-        sys.exit(process.returncode)  # the script has said why
+    drawing = subprocess.run([*command, "--out", f"{folder}/", *flags])
+    if drawing.returncode != 0:
+        sys.exit(1)  # the script has said why
     return folder
 
 

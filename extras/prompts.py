@@ -56,9 +56,9 @@ def draw(model, prompts, args, progress):
         part = numbers[start : start + args.micro_batch]
         tokens = torch.tensor([ddim.tokenize(prompts[i]) for i in part], device=DEVICE)
         denoise = ddim.denoiser(model, alphas_cumprod, tokens, args.guidance)
-        noise = noises(args.seed, part, shape, DEVICE)
+        noise_stream = noises(args.seed, part, shape, DEVICE)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            images = ddim.draw(denoise, noise, alphas_cumprod, "ddim", args.steps, watch)
+            images = ddim.draw(denoise, noise_stream, alphas_cumprod, "ddim", args.steps, watch)
         drawn.append(images.cpu())
     return torch.cat(drawn)
 
@@ -137,8 +137,8 @@ def main(argv=None):
     flag("--dtype", usual.dtype, "of the network", choices=["float32", "bfloat16"])
     flag("--micro-batch", usual.micro_batch, "images at a time")
     args = parser.parse_args(argv)
-    if min(args.n, args.steps, args.micro_batch) < 1:
-        sys.exit("numbers of images and steps must be 1 at least")
+    if min(args.n, args.steps, args.micro_batch) < 1 or args.steps > ddim.T:
+        sys.exit(f"-n, --steps and --micro-batch must be 1 at least, and --steps {ddim.T} at most")
     model, _ = ddim.load(args.checkpoint)
     model.to(DEVICE)
     folders = [Path(args.out, "seen"), Path(args.out, "held_out")]

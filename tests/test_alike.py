@@ -27,15 +27,15 @@ FREE = {
 
 # In these functions some lines may differ. Each such line has to hold one of the words.
 WORDS = {
-    "load": "UNet( DiT( shape meaning(",
-    "main": """args.sample_only args.interpolate args.ckpt, args.dim --dim class_names classes
-        digits try: tokenize ValueError --prompt invert else: args.n) write(""",
+    "load": "UNet( shape meaning(",
+    "main": """args.sample_only args.interpolate args.dim class_names classes try: ValueError
+        --prompt invert else: args.n) write(""",
     "make_parser": """drawing: --classes --prompt --interpolate --invert --sampler --steps
         --guidance "-n" --schedule --data-dir --batch-size --max-steps "--lr" --warmup "--ema"
         --dim --depth --heads --patch caches""",
     "meaning": "meaning( schedule( round( measured",
-    "open_run": '"dim" != --dim --{flag}',
-    "train": """class_names UNet( DiT( optimizers Muon optimizer.step() vars(args) "script" meaning(
+    "open_run": "schedule",
+    "train": """class_names UNet( optimizers Muon optimizer.step() vars(args) "script" meaning(
         schedule( u[:, later illustrate( write(""",
     "validate": "batch( illustrate(",
     "write": """write( args.n len(y) rows asked denoiser( interpolate WORDS[
@@ -44,7 +44,7 @@ WORDS = {
 
 # The two transformers differ in their networks, and so in the flags of the network alone.
 WORDS_OF_TRANSFORMERS = {
-    "main": "args.dim --dim args.depth --depth",
+    "main": "args.dim args.depth",
     "make_parser": "--depth",
 }
 

@@ -30,13 +30,19 @@ def pixels_of(path):
         return pil_to_tensor(image.convert("RGB"))
 
 
-def test_forward_and_reverse(monkeypatch):
+def test_forward_and_reverse(monkeypatch, capsys):
     """Above, four digits with ever more noise; below, what the sampler passes, as seed 3 draws."""
     for i in range(4):
         Path(f"train/{i}").mkdir(parents=True)
         Image.new("L", (28, 28), 60 * i).save(f"train/{i}/x.png")
-    monkeypatch.setattr("ddpm_unet_mnist.UNet.forward", lambda self, x, t, y: 0.9 * x)
+
+    def predict(x, t):
+        return 0.9 * x + 50 * (t == 0)  # so that the drawing is unlike x_t at t = 0
+
+    monkeypatch.setattr(ddpm.UNet, "forward", lambda self, x, t, y: predict(x, t[0]))
+    monkeypatch.setattr("common.time.monotonic", iter(range(0, 10**6, 3)).__next__)
     figures.main(["forward-and-reverse", "--data-dir", ".", "--out", "x.png"])
+    assert "1 of 1000 steps, 50 min left" in capsys.readouterr().out
 
     times = [0, 25, 50, 100, 150, 200, 250, 300, 400, 500, 700, 999]
     a = ddpm.schedule(name="cosine")
@@ -47,7 +53,7 @@ def test_forward_and_reverse(monkeypatch):
 
     def denoise(x_t, t):
         passed[t] = x_t
-        return ((x_t - (1 - a[t]).sqrt() * 0.9 * x_t) / a[t].sqrt()).clamp(-1, 1)
+        return ((x_t - (1 - a[t]).sqrt() * predict(x_t, t)) / a[t].sqrt()).clamp(-1, 1)
 
     passed[0] = ddpm.ddpm_sample(denoise, x, a, 1000)
     columns = []
@@ -138,13 +144,16 @@ def test_grids():
     sheet = pixels_of("x.png")
     assert sheet.shape == (3, 100, 260)
     left = 0
+    widths = []
     for (width, height), shade in zip(sizes, shades, strict=True):
         expected = torch.tensor(shade)[:, None, None].expand(3, height, width)
         assert torch.equal(sheet[:, 30 : 30 + height, left : left + width], expected)
         (first, last), (top, bottom) = find_ink(sheet[:, :30, left : left + width])
         assert abs((first + last + 1) / 2 - width / 2) <= 2
-        assert top >= 3 and bottom <= 27
+        assert top >= 3 and bottom <= 27 and 10 < bottom - top < 20
+        widths.append(last - first)
         left += width + 10
+    assert widths[0] < widths[1] > 2 * widths[2]
     for gap in (slice(60, 70), slice(170, 180)):
         assert (sheet[:, :, gap] == 255).all()
     assert (sheet[:, 70:, :60] == 255).all()  # below the one that is lower
@@ -172,6 +181,7 @@ def record(monkeypatch):
         plotted.append(names)
         return set_names(self, **names)
 
+    monkeypatch.setattr(axes, "legend", lambda self: plotted.append("legend"))
     monkeypatch.setattr(axes, "plot", watch_plot)
     monkeypatch.setattr(axes, "set", watch_set)
     return plotted
@@ -186,6 +196,7 @@ def test_curves_of_samplers(monkeypatch):
         ("dpm", [5, 8], [0.7, 0.9]),
         ("ddim", [50], [0.8]),
         {"xlabel": "evaluations", "ylabel": "share"},
+        "legend",
     ]
     assert pixels_of("x.png").shape == (3, 400, 800)
 
@@ -200,7 +211,7 @@ def test_curves_of_runs(monkeypatch):
         ("a.csv, val_loss", [64, 128], [0.6, 0.4]),
         ("b.csv, loss", [64], [0.7]),
     ]
-    assert plotted[-1] == {"xlabel": "images", "ylabel": "loss"}
+    assert plotted[-2] == {"xlabel": "images", "ylabel": "loss"}
     assert "<svg" in Path("x.svg").read_text()
 
 
@@ -256,10 +267,15 @@ def test_curves_without_matplotlib(monkeypatch):
 
 @pytest.mark.parametrize("what", ["unet", "transformer"])
 def test_speed_without_the_others(what, monkeypatch, capsys):
-    """What it reports follows from the times, here a second for all: images, and operations."""
+    """What it reports follows from the times, here two seconds for drawing, one for the rest."""
+
+    def seconds(run):
+        run()
+        return 2 if run.func is speed.draw_step else 1
+
     for name in ("diffusers", "denoising_diffusion_pytorch", "smalldiffusion"):
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr(speed, "seconds", lambda run: run() is None or 1)
+    monkeypatch.setattr(speed, "seconds", seconds)
     monkeypatch.setattr(speed, "count_flops", lambda net, x, t: 2 * 2048**3 / 10)
     speed.main(f"--what {what} --batch 3 --rounds 1 --depth 1 --patch 8".split())
     printed = capsys.readouterr().out
@@ -273,7 +289,7 @@ def test_speed_without_the_others(what, monkeypatch, capsys):
         assert [line.split(",")[0] for line in lines] == ["dit_cifar10 DiT", "uvit_cifar10 UViT"]
     for line in lines:
         numbers = line.partition(": ")[2]
-        assert numbers == ("training 3.0 images/s, 30% of the matmul rate, evaluation 3.0 images/s")
+        assert numbers == ("training 3.0 images/s, 30% of the matmul rate, evaluation 1.5 images/s")
 
 
 def test_speed_measures_in_turn(monkeypatch, capsys):
@@ -351,6 +367,16 @@ def test_flops():
             return F.scaled_dot_product_attention(x, x, x)
 
     assert speed.count_flops(Net(), torch.ones(1, 4, 16), None) == 2 * (4 * 16 * 8 + 2 * 4 * 4 * 8)
+
+
+def test_networks_of_one_shape():
+    """Depth and patch reach every transformer, under the name that each has for them."""
+    ours, _, theirs, small = [options for _, _, options in speed.list_transformers(5, 8)]
+    assert [ours["depth"], theirs["num_layers"], small["depth"]] == [5, 5, 5]
+    assert [ours["patch"], theirs["patch_size"], small["patch_size"]] == [8, 8, 8]
+    assert [ours["heads"], theirs["num_attention_heads"], small["num_heads"]] == [6, 6, 6]
+    width = theirs["num_attention_heads"] * theirs["attention_head_dim"]
+    assert ours["dim"] == width == 384
 
 
 def test_speed_leaves_out_a_slow_bfloat16(monkeypatch):

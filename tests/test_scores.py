@@ -201,10 +201,13 @@ def test_fid_of_a_checkpoint(fidelity, monkeypatch, capsys):
     assert asked[-1][5] == ddim.__file__
 
 
-def test_kid_takes_a_thousand_at_most(fidelity):
+@pytest.mark.parametrize(
+    ("drawn", "real", "size"), [(1200, 1100, 1000), (15, 12, 12), (12, 15, 12)]
+)
+def test_kid_takes_a_thousand_at_most(drawn, real, size, fidelity):
     images = torch.zeros(1200, 3, 2, 2, dtype=torch.uint8)
-    fid.score(fidelity, images, images, None)
-    assert fidelity.options["kid_subset_size"] == 1000
+    fid.score(fidelity, images[:drawn], images[:real], None)
+    assert fidelity.options["kid_subset_size"] == size
 
 
 def test_a_script_that_fails_has_said_why(data, fidelity, capfd):
@@ -224,6 +227,7 @@ class Oracle(nn.Module):
         return 7 * torch.eye(10)[captions]  # of any length
 
     def encode_image(self, images):
+        assert not self.training
         return 5 * (torch.eye(10)[images] + 0.1)
 
 
@@ -322,9 +326,9 @@ def test_clip_is_loaded_by_name(monkeypatch):
         create_model_and_transforms=create, get_tokenizer="tokenizer of {}".format
     )
     monkeypatch.setitem(sys.modules, "open_clip", fake)
-    monkeypatch.setattr(clip_score.logging, "disable", lambda level: None)
+    monkeypatch.setattr(clip_score.logging, "disable", asked.append)
     assert clip_score.load_clip("ViT", "w.pt") == ("model", "tokenizer of ViT", "plain")
-    assert asked == [("ViT", "w.pt")]
+    assert asked == [clip_score.logging.ERROR, ("ViT", "w.pt")]
 
 
 # ---- Errors
