@@ -560,7 +560,7 @@ def test_the_networks_compute_what_they_did(script):
         out = shipped(script)(x, t, y)
     found = [out.mean().item(), out.std().item(), out[1, 0, 14, 14].item()]
     advice = f"the network of {script.NAME} computes {found}. {RETRAIN}"
-    assert found == pytest.approx(FINGERPRINTS[script], abs=2e-4), advice
+    assert found == pytest.approx(FINGERPRINTS[script], abs=3e-5), advice
 
 
 def test_networks_start_from_zero():

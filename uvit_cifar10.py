@@ -189,7 +189,7 @@ def ddim_sample(denoise, x, alphas_cumprod, steps=50, eta=0.0, randn=torch.randn
     return x
 
 
-def dpm_solver_sample(denoise, x, alphas_cumprod, steps=15, randn=None):
+def dpm_solver_sample(denoise, x, alphas_cumprod, steps=12, randn=None):
     """DPM-Solver++(2M) (Lu et al. 2022, 2211.01095, algorithm 2), in even steps of lambda.
 
     Draws no noise. Takes fewer steps than asked for where two of them round to the same time.
@@ -504,7 +504,7 @@ def make_parser():
     add("--classes", type=int, nargs="+", help="numbers of the classes to draw; else all of them")
     add("--out", help="x.png: a grid, x.gif: the way to it, x/: a file each (samples.png)")
     flag("--sampler", "dpm", "which way to the image", choices=list(SAMPLERS))
-    flag("--steps", 15, "of the sampler: ddim wants 50, ddpm 250")
+    flag("--steps", 12, "of the sampler: ddim wants 50, ddpm 250")
     flag("--guidance", 3.0, "1 is none, more obeys the class more")
     add("--guidance-interval", type=float, nargs=2, default=(0.2, 0.8), help="guide at these t / T")
     flag("-n", 100, "how many images")
