@@ -69,7 +69,7 @@ class Progress:
         elapsed = now - self.start
         if os.environ.get("RANK", "0") == "0" and now - self.spoken > max(2, elapsed / 100):
             self.spoken = now
-            left = elapsed / self.done * (self.total - self.done)
+            left = elapsed * max(self.total / self.done - 1, 0)
             left = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
             print(f"{self.done:.0f} of {self.total} {self.what}, {left} left", flush=True)
 

@@ -141,7 +141,7 @@ def test_network_is_that_of_judges_trained_before(channels):
 
 def test_network_by_hand():
     model = classify.network(1, 10).eval()
-    x = torch.randn(2, 1, 8, 8, device=classify.DEVICE)
+    x = torch.randn(2, 1, 28, 28, device=classify.DEVICE)
 
     def convolve(x, block):
         convolution, norm, _ = block
@@ -251,14 +251,14 @@ def test_as_many_real_ones_and_not_always_the_first(run, folder):
     some.mkdir()
     for path in sorted((folder / "right").iterdir())[:6]:
         (some / path.name).write_bytes(path.read_bytes())
-    out = run("some", "--judge", "other.pt")
+    out = run("some", "--judge", "judges/other.pt")
     drawn, real = out.split("as many real ones: 6 images")
     assert re.findall(r"^    (\d): ", drawn, re.MULTILINE) == classes[:6]
     shown = re.findall(r"^    (\d): ", real, re.MULTILINE)
     assert set(shown) <= set(classes)
     assert shown not in (["0", "1", "2"], ["7", "8", "9"])  # two of each class, in order
-    assert (folder / "other.pt").exists()
-    again = run("some", "--judge", "other.pt")
+    assert (folder / "judges/other.pt").exists()
+    again = run("some", "--judge", "judges/other.pt")
     assert again == out[out.index("some: ") :]
 
 

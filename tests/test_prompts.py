@@ -93,6 +93,18 @@ def test_strokes_in_all_colours_are_right():
     ink, paper = prompts.colours(noisy)
     assert ink.equal(ASKED[:, 1])
     assert paper.equal(ASKED[:, 2])
+    digits = prompts.undo(noisy, ink, paper)
+    assert digits.min() == -1
+    assert digits.max() == 1
+
+
+def test_paper_is_what_is_at_the_edge():
+    ink, paper = ASKED[:, 1], ASKED[:, 2]
+    images = ddim.PALETTE[paper].repeat(1, 1, 28, 28)
+    images[:, :, 3:25, 3:25] = ddim.PALETTE[ink]  # more than half of the image
+    found_ink, found_paper = prompts.colours(images)
+    assert found_ink.equal(ink)
+    assert found_paper.equal(paper)
 
 
 WRONG = {1: ["ink", "ink and paper"], 2: ["paper", "ink and paper"], 3: ["thickness"], 4: ["lean"]}
@@ -103,7 +115,9 @@ def test_another_look_than_asked_for_is_wrong(column):
     drawn = ASKED.clone()
     drawn[:, column] = (drawn[:, column] + 1) % (8 if column <= 2 else 2)
     visible = drawn[:, 1] != drawn[:, 2]
-    found = prompts.judge(paint(drawn)[1][visible], ASKED[visible])[1]
+    images, asked = paint(drawn)[1][visible], ASKED[visible]
+    digits, found = prompts.judge(images, asked)
+    assert torch.equal(digits, prompts.undo(images, asked[:, 1], asked[:, 2]))
     assert not any(found[row].any() for row in WRONG[column])
     colours_or_all = ROWS[:2] if column <= 2 else ROWS
     assert all(found[row].all() for row in colours_or_all if row not in WRONG[column])
@@ -194,6 +208,7 @@ def test_columns_are_those_of_pairs_seen_and_held_out(monkeypatch, capsys):
         assert re.split("  +", line) == [row, "100.0% ± 0.0%", "0.0% ± 0.0%"]
 
 
+@pytest.mark.filterwarnings("ignore:std")  # because nothing is drawn, there are no widths
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_flags_say_how_to_draw(dtype, monkeypatch, progress):
     """Noise is a function of --seed and of an image's number, whatever --micro-batch says."""
@@ -218,8 +233,11 @@ def test_flags_say_how_to_draw(dtype, monkeypatch, progress):
     assert [len(x_t) for x_t, _, _ in calls] == [3, 3, 2, 2] * 2
     noise = next(noises(9, range(5), (3, 28, 28), device))
     for held, first in ((False, 0), (True, 4)):
-        part, rest = calls[first], calls[first + 2]
+        part, later, rest, _ = calls[first : first + 4]
         assert torch.equal(torch.cat([part[0], rest[0]]), noise)
+        a_next, a = ddim.schedule()[[499, 999]]
+        shrunk = part[0] * ((1 - a_next) / (1 - a)).sqrt()  # by DDIM, which adds no noise
+        torch.testing.assert_close(later[0], shrunk)
         tokens = [ddim.tokenize(prompt) for prompt in prompts.ask(5, held, 9)[0]]
         assert torch.cat([part[2], rest[2]]).tolist() == [list(row) for row in tokens]
     assert progress.done == pytest.approx(10)
@@ -254,8 +272,8 @@ ERRORS = [  # arguments, part of the line
     (f"{DIT}", "is not a checkpoint of ddim_unet_mnist.py"),
     ("tiny.pt -n 0", "must be 1 at least"),
     ("tiny.pt --steps 0", "must be 1 at least"),
-    ("tiny.pt --micro-batch 0", "must be 1 at least"),
-    ("tiny.pt --steps 1001", "--steps 1000 at most"),
+    ("tiny.pt -n 1 --micro-batch 0", "must be 1 at least"),
+    ("tiny.pt -n 1 --steps 1001", "--steps 1000 at most"),
     ("tiny.pt --guidance much", "invalid float value: 'much'"),
     ("tiny.pt --dtype float16", "invalid choice: 'float16'"),
     ("tiny.pt --out text.pt", "--out: "),
