@@ -40,17 +40,22 @@ def read_folder(folder):
     The size S is that of the first file. Where a name has no class, classes are None. Exits with
     one line where there are no such files, or one cannot be read.
     """
-    from common import read_image
+    from common import Progress, read_image
 
     files = sorted(path for path in Path(folder).glob("*.png") if not path.name.startswith("."))
     if not files:
         sys.exit(f"{folder} holds no PNG files")
+    images = []
+    progress = Progress(len(files), "images read")
     try:
         with Image.open(files[0]) as image:
             size = image.width
-        images = torch.stack([read_image(path, size, 3) for path in files])
+        for path in files:
+            images.append(read_image(path, size, 3))
+            progress.add(1)
     except (OSError, ValueError) as error:
         sys.exit(f"{folder}: {error}")
+    images = torch.stack(images)
     found = [re.search(r"-(\d+)$", path.stem) for path in files]
     if not all(found):
         return images, None
