@@ -432,10 +432,10 @@ def train(args, state, device):
         for i in range(0, len(x0), args.micro_batch):
             part = slice(i, i + args.micro_batch)
             with autocast:
-                value = loss(net, x0[part], y[part], t[part], noise[part], alphas_cumprod)
-            value = value * len(x0[part]) / len(x0)  # gradients add up to those of the mean
-            value.backward()
-            train_loss += value.detach()
+                part_loss = loss(net, x0[part], y[part], t[part], noise[part], alphas_cumprod)
+            part_loss = part_loss * len(x0[part]) / len(x0)  # so that gradients add up
+            part_loss.backward()
+            train_loss += part_loss.detach()
             progress.add(len(x0[part]) / len(x0))
         losses.append(train_loss)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
