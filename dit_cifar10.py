@@ -217,9 +217,9 @@ SAMPLERS = {"ddpm": ddpm_sample, "ddim": ddim_sample, "dpm": dpm_solver_sample}
 
 
 def meaning():
-    """What the numbers in a checkpoint mean, measured: what x_t itself, as an answer, stands for.
+    """A fingerprint of schedule, loss and denoiser, measured with a network that returns x_t.
 
-    It changes with the schedule, with what `loss` asks for and with how `denoiser` reads it.
+    Weights are saved with it; a script that measures another refuses them.
     """
     alphas_cumprod = schedule()
     x = torch.tensor([0.1, -0.2, 0.3])
@@ -247,7 +247,8 @@ def load(path):
         except ImportError:  # this file was copied alone, and has no schedule
             measured = config["meaning"]
         if config["meaning"] != measured:
-            raise ValueError(f"it means {config['meaning']}, and this script {measured}")
+            changed = "trained with another schedule, loss or denoiser"
+            raise ValueError(f"{changed}: it means {config['meaning']}, and this script {measured}")
     except Exception as error:  # of a dozen kinds, because a file can be damaged in many ways
         reason = str(error).partition("\n")[0].partition(". ")[0]  # its first sentence
         sys.exit(f"{path} is not a checkpoint of {NAME}.py: {type(error).__name__}: {reason}")
@@ -279,7 +280,7 @@ def picture(images, rows=1):
 
 
 def write(model, alphas_cumprod, args, y, out):
-    """Draw an image of each class in y. Image i is a function of --seed, i and y[i].
+    """Draw an image of each class in y. Image i depends only on --seed, i and y[i].
 
     x.png is a grid, a row per class, x.gif the way to it, x/ a file each.
     """
