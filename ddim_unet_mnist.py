@@ -506,13 +506,13 @@ def train(args, state, device):
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizers = {"optimizer": torch.optim.Adam(model.parameters(), args.lr, fused=True)}
     saved = {"model": model, "ema": ema, **optimizers}
-    config = {**vars(args), "script": NAME, "class_names": class_names, "meaning": meaning()}
     if state:
         for name, part in saved.items():
             part.load_state_dict(state[name])
     else:
         state = {"step": 0, "images": 0, "seconds": 0.0, "log": []}
-    state["config"] = config
+    state["config"] = {**vars(args), "script": NAME, "class_names": class_names}
+    state["config"]["meaning"] = meaning()
     millions = sum(map(torch.numel, model.parameters())) / 1e6
     print0(f"{millions:.2f} M parameters, {len(train_set[0])} images, from step {state['step']}")
 
@@ -690,9 +690,11 @@ def main():
         shipped = Path(__file__).with_name("checkpoints") / f"{NAME}.pt"
         path = args.ckpt or (own if own.exists() else shipped)
         model, state = load(path)
-        digits = [str(k) for k in range(len(state["config"]["class_names"]))]
+        prompts = [str(k) for k in range(len(state["config"]["class_names"]))]
+        if args.prompt or args.invert:
+            prompts = args.prompt or [""]
         try:
-            y = [tokenize(prompt) for prompt in args.prompt or ([""] if args.invert else digits)]
+            y = [tokenize(prompt) for prompt in prompts]
         except ValueError as error:
             sys.exit(f"--prompt: {error}")
         print0(f"{path}: step {state['step']}")

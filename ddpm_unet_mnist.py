@@ -368,18 +368,13 @@ def train(args, state, device):
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizers = {"optimizer": Muon(model.parameters(), {"lr": args.lr})}
     saved = {"model": model, "ema": ema, **optimizers}
-    config = {
-        **vars(args),
-        "script": NAME,
-        "class_names": class_names,
-        "meaning": meaning(args.schedule),
-    }
     if state:
         for name, part in saved.items():
             part.load_state_dict(state[name])
     else:
         state = {"step": 0, "images": 0, "seconds": 0.0, "log": []}
-    state["config"] = config
+    state["config"] = {**vars(args), "script": NAME, "class_names": class_names}
+    state["config"]["meaning"] = meaning(args.schedule)
     millions = sum(map(torch.numel, model.parameters())) / 1e6
     print0(f"{millions:.2f} M parameters, {len(train_set[0])} images, from step {state['step']}")
 

@@ -29,7 +29,7 @@ FREE = {
 WORDS = {
     "load": "UNet( shape meaning(",
     "main": """args.sample_only args.interpolate args.dim class_names classes try: ValueError
-        --prompt invert else: args.n) write(""",
+        prompt invert else: args.n) write(""",
     "make_parser": """drawing: --classes --prompt --interpolate --invert --sampler --steps
         --guidance "-n" --schedule --data-dir --batch-size --max-steps "--lr" --warmup "--ema"
         --dim --depth --heads --patch caches""",
