@@ -193,9 +193,13 @@ SAMPLERS = {"ddpm": ddpm_sample, "ddim": ddim_sample}
 def meaning(name):
     """A fingerprint of schedule, loss and denoiser, measured with a network that returns x_t.
 
-    Weights are saved with it; a script that measures another refuses them.
+    Weights are saved with it; a script that measures another refuses them. None where there is no
+    common.py, because this file was copied alone.
     """
-    alphas_cumprod = schedule(name=name)
+    try:
+        alphas_cumprod = schedule(name=name)
+    except ImportError:
+        return None
     x = torch.tensor([0.1, -0.2, 0.3])
     t = torch.tensor([T // 20, T // 2, T - T // 20])
     x0 = denoiser(lambda x_t, t, y: x_t, alphas_cumprod)(x, t)
@@ -209,37 +213,23 @@ def meaning(name):
 def load(path):
     """(the network with averaged weights, the whole dict) from a file that train() has saved."""
     try:
-        if zipfile.ZipFile(path).testzip():  # torch.load ignores checksums
+        archive = zipfile.ZipFile(path)
+        folders = [entry for entry in archive.filelist if entry.external_attr & 16]
+        if archive.testzip() or folders:  # torch.load ignores checksums, and skips folders
             raise ValueError("it is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code of the file
         config = state["config"]
         model = UNet(config["dim"]).eval()
         model.load_state_dict(state["ema"])
-        try:
-            measured = meaning(config["schedule"])
-        except ImportError:  # this file was copied alone, and has no schedule
-            measured = config["meaning"]
-        if config["meaning"] != measured:
+        means = config["meaning"]
+        measured = meaning(config["schedule"])
+        if measured not in (None, means):
             changed = "trained with another schedule, loss or denoiser"
-            raise ValueError(f"{changed}: it means {config['meaning']}, and this script {measured}")
+            raise ValueError(f"{changed}: it means {means}, and this script {measured}")
     except Exception as error:  # of a dozen kinds, because a file can be damaged in many ways
         reason = str(error).partition("\n")[0].partition(". ")[0]  # its first sentence
         sys.exit(f"{path} is not a checkpoint of {NAME}.py: {type(error).__name__}: {reason}")
     return model, state
-
-
-@torch.no_grad()
-def draw(denoise, noise_stream, alphas_cumprod, sampler, steps, watch):
-    """Images (B, ..) from an iterator of noises (B, ..). Before each step it calls watch(x_t)."""
-
-    def watched(x_t, t):
-        watch(x_t)
-        return denoise(x_t, t)
-
-    def randn(x):
-        return next(noise_stream)
-
-    return SAMPLERS[sampler](watched, next(noise_stream), alphas_cumprod, steps, randn=randn)
 
 
 def picture(images, rows=1):
@@ -252,7 +242,8 @@ def picture(images, rows=1):
     return Image.fromarray(rearrange(pixels, "(n r) c h w -> (r h) (n w) c", r=rows).numpy())
 
 
-def write(model, alphas_cumprod, args, out):
+@torch.no_grad()
+def draw(model, alphas_cumprod, args, out):
     """Draw -n images. Image i depends only on --seed and i.
 
     x.png is a grid, x.gif the way to it, x/ a file each.
@@ -265,20 +256,26 @@ def write(model, alphas_cumprod, args, out):
         indices = range(RANK, args.n, WORLD)  # the share of this process
     elif RANK > 0:
         return
+    sample = SAMPLERS[args.sampler]
     progress = Progress(len(indices), "images")
     drawn, way = [], []  # the images, in parts, and for a .gif the x_t on the way to a part
 
-    def watch(x_t):
+    def watched(x_t, t):
         progress.add(len(x_t) / args.steps)
         if out.endswith(".gif"):
             way.append(x_t)
+        return denoise(x_t, t)
+
+    def randn(x):
+        return next(noise_stream)  # of the part that is being drawn
 
     denoise = denoiser(model, alphas_cumprod)
     for start in range(0, len(indices), args.micro_batch):
         part = indices[start : start + args.micro_batch]
         noise_stream = noises(args.seed, part, (CHANNELS, SIZE, SIZE), device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            images = draw(denoise, noise_stream, alphas_cumprod, args.sampler, args.steps, watch)
+            x_t = next(noise_stream)
+            images = sample(watched, x_t, alphas_cumprod, args.steps, randn=randn)
         if out.endswith("/"):
             for i, image in zip(part, images, strict=True):
                 picture(image[None]).save(f"{out}{i:06d}.png")
@@ -446,7 +443,7 @@ def train(args, state, device):
                 print0(f"stopped after step {step}; --resume continues")
                 break
         if sampling:
-            write(ema, alphas_cumprod, args, f"{run_dir}/samples-{step:07d}.png")
+            draw(ema, alphas_cumprod, args, f"{run_dir}/samples-{step:07d}.png")
 
 
 # ---- The command line
@@ -501,17 +498,8 @@ def make_parser():
     return parser
 
 
-def open_run(parser, args, path):
-    """Lock the folder of the run. Returns the lock, and the flags and state to go on with."""
-    if args.resume and not path.exists():
-        sys.exit(f"--resume: there is no {path}")
-    lock = FileLock(path.with_name(f"lock{RANK}"))
-    try:
-        lock.acquire(timeout=0)
-    except OSError as error:
-        sys.exit(f"{args.run_dir}: another run is in it, or it cannot be written ({error})")
-    if not path.exists():  # from here on, no other process changes it
-        return lock, args, None
+def resume(parser, args, path):
+    """The flags and the state of the run that is saved at this path."""
     if not args.resume:
         sys.exit(f"{args.run_dir} holds a run: add --resume, or name another --run-dir")
     _, state = load(path)
@@ -523,7 +511,7 @@ def open_run(parser, args, path):
     args = parser.parse_args(namespace=argparse.Namespace(**config))  # what is typed wins
     if args.schedule != config["schedule"]:
         sys.exit(f"--resume: the schedule was {config['schedule']}, and a run keeps it")
-    return lock, args, state
+    return args, state
 
 
 def main():
@@ -543,21 +531,22 @@ def main():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     own = Path(args.run_dir, "ckpt.pt")
     if drawing:
-        try:
-            Path(f"{out}x").parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            sys.exit(f"--out {out}: {error}")
+        Path(f"{out}x").parent.mkdir(parents=True, exist_ok=True)
         shipped = Path(__file__).with_name("checkpoints") / f"{NAME}.pt"
         path = args.ckpt or (own if own.exists() else shipped)
         model, state = load(path)
         print0(f"{path}: step {state['step']}")
-        write(model.to(device), schedule(device, state["config"]["schedule"]), args, out)
+        draw(model.to(device), schedule(device, state["config"]["schedule"]), args, out)
     else:
-        lock, args, state = open_run(parser, args, own)
-        if args.batch_size % WORLD:
-            sys.exit(f"--batch-size {args.batch_size} cannot be shared by {WORLD} processes")
-        train(args, state, device)
-        lock.release()
+        if args.resume and not own.exists():
+            sys.exit(f"--resume: there is no {own}")
+        with FileLock(own.with_name(f"lock{RANK}"), timeout=0):  # fails where another run is in it
+            state = None
+            if own.exists():
+                args, state = resume(parser, args, own)
+            if args.batch_size % WORLD:
+                sys.exit(f"--batch-size {args.batch_size} cannot be shared by {WORLD} processes")
+            train(args, state, device)
     if WORLD > 1:
         dist.destroy_process_group()
 
@@ -565,5 +554,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
+    except OSError as error:  # a disk that is full, a folder that cannot be written
+        sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit(130)

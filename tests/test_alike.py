@@ -29,16 +29,16 @@ FREE = {
 WORDS = {
     "load": "UNet( shape meaning(",
     "main": """args.sample_only args.interpolate args.dim class_names classes try: ValueError
-        prompt invert else: args.n) write(""",
+        prompt invert else: args.n) draw(""",
     "make_parser": """drawing: --classes --prompt --interpolate --invert --sampler --steps
         --guidance "-n" --schedule --data-dir --batch-size --max-steps "--lr" --warmup "--ema"
         --dim --depth --heads --patch caches""",
     "meaning": "meaning( schedule( round( measured",
-    "open_run": "schedule",
+    "resume": "schedule",
     "train": """class_names UNet( optimizers Muon optimizer.step() vars(args) "script" meaning(
-        schedule( u[:, later illustrate( write(""",
+        schedule( u[:, later illustrate( draw(""",
     "validate": "batch( illustrate(",
-    "write": """write( args.n len(y) rows asked denoiser( interpolate WORDS[
+    "draw": """draw( args.n len(y) rows asked denoiser( interpolate WORDS[
         picture(image[None])""",
 }
 
