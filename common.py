@@ -4,6 +4,7 @@ A schedule is a float32 tensor `alphas_cumprod` of shape (T,): entry t is alpha-
 the image's variance that is left in x_t. Times are 0 .. T-1.
 """
 
+import io
 import math
 import os
 import sys
@@ -78,6 +79,7 @@ class Progress:
 # Data: a data set is a uint8 tensor (N, C, H, W) and int64 labels (N,), both on the training device
 
 FILES = {"MNIST": "MNIST/raw", "CIFAR10": "cifar-10-batches-py"}  # where torchvision keeps them
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 KNOWN = {"MNIST", "cifar-10-batches-py", "cifar-10-python.tar.gz"}  # what it leaves in a data_dir
 
 
@@ -121,7 +123,7 @@ def _read_torchvision(name, root, size, channels):
             data = dataset(root, train=is_train)
         except Exception as error:  # torn files raise AssertionError, TypeError, EOFError, ..
             if "not found" in str(error):  # torchvision's words for files that are not there
-                advice = f"put the files of {name} into {files}, or images into train/<class>/"
+                advice = f"put all files of {name} into {files}, or images into train/<class>/"
                 raise OSError(f"no network? {advice} ({problem})") from error
             raise OSError(f"damaged: delete {files} and run again ({_one_line(error)})") from error
         images = torch.as_tensor(data.data)  # (N, H, W) or (N, H, W, C)
@@ -161,7 +163,11 @@ def _read_folders(root, size, channels):
             different = sorted(listed[0].keys() ^ listed[1].keys())
             if different:
                 raise ValueError(f"give {test} the folders of train: one has no {different[0]}")
-    return [_read_images(files, size, channels) for files in listed], list(listed[0])
+    classes = list(listed[0])
+    numbered = ascii(dict(enumerate(classes)))
+    if len(numbered) < 180 and os.environ.get("RANK", "0") == "0":
+        print(f"classes: {numbered}", flush=True)
+    return [_read_images(files, size, channels) for files in listed], classes
 
 
 def _list_images(folder):
@@ -172,7 +178,7 @@ def _list_images(folder):
     endings = {ending for ending in formats if formats[ending] in Image.OPEN}
     files = {}
     others = []
-    for path in _visible(folder):
+    for path in sorted(_visible(folder), key=_number_or_name):
         if not path.is_dir():
             others.append(path)
             continue
@@ -191,18 +197,30 @@ def _list_images(folder):
     return files
 
 
-def _walk(folder):
+def _number_or_name(path):
+    """Sorts numbers as numbers, 2 or two before 10, and then names."""
+    name = path.name
+    if name in DIGITS:
+        return 0, DIGITS.index(name), name
+    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
+
+
+def _walk(folder, above=()):
+    """All files in the folder and in those below. Links are followed, but not in circles."""
+    real = folder.resolve()
+    if real in above:
+        return
     for path in _visible(folder):
         if path.is_dir():
-            yield from _walk(path)
+            yield from _walk(path, (*above, real))
         else:
             yield path
 
 
 def _visible(folder):
-    """What is in the folder, by name, less what editors, file managers and archivers hide there."""
+    """What is in the folder, by name, less what editors, archivers and network disks hide there."""
     names = sorted(os.listdir(folder))
-    return [folder / name for name in names if not name.startswith((".", "__MACOSX"))]
+    return [folder / name for name in names if not name.startswith((".", "__MACOSX", "@eaDir"))]
 
 
 def _read_images(files, size, channels):
@@ -222,12 +240,16 @@ def read_image(path, size, channels):
     An image of that size is read exactly. Transparent pixels are laid on white.
     Raises ValueError for a file that is not an image, is damaged, or has no known range of values.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, PngImagePlugin
     from torchvision.transforms.functional import pil_to_tensor
 
+    Image.MAX_IMAGE_PIXELS = None  # large images and long comments are no attack: they are yours
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
     try:
         with Image.open(path) as image:
             image = _to_rgb(image)
+    except PermissionError:
+        raise
     except Exception as error:
         # Out of 15,600 damaged files 38 made Pillow raise other things than OSError, SyntaxError
         # and ValueError. Whatever it is, the user needs the name of the file.
@@ -258,11 +280,29 @@ def _to_rgb(image):
         grey = values // 256
         grey[values == image.info.get("transparency", -1)] = 255
         image = to_pil_image(grey.to(torch.uint8))
+    image = _to_srgb(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def _to_srgb(image):
+    """An image with a colour profile, such as the Display P3 of telephones, in sRGB."""
+    from PIL import ImageCms
+
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "RGBA", "CMYK"):
+        return image
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(profile):
+            return image
+        mode = image.mode.replace("CMYK", "RGB")
+        return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), 0, mode)
+    except (OSError, ImageCms.PyCMSError):  # it is damaged, or one of another kind of image
+        return image
 
 
 def _one_line(error):

@@ -88,7 +88,9 @@ def held_out(digit, ink):
 
 
 def illustrate(x0, y, u):
-    """Grey x0 (B, C, H, W), classes y (B,), chance u (B, 12) -> x0 in colour, captions."""
+    """Grey x0 (B, C, H, W), digits y (B,), chance u (B, 12) -> x0 in colour, captions."""
+    corners = x0[:, :, [0, 0, -1, -1], [0, -1, 0, -1]].mean(dim=(1, 2))
+    x0 = torch.where(corners[:, None, None, None] > 0, -x0, x0)  # dark on light, as scans are
     ink = (8 * u[:, 7]).long()
     ink = torch.where(held_out(y, ink), (ink + 3) % 8, ink)
     paper = (ink + 1 + (7 * u[:, 8]).long()) % 8  # any other colour
@@ -136,7 +138,9 @@ def norm(channels):  # 16 channels a group: smaller groups take a CPU six times 
     return nn.GroupNorm(channels // 16, channels)
 
 
-def zero(layer):  # at first a block changes nothing, so that a deep stack of them trains easily
+def zero(
+    layer,
+):  # at first a block adds nothing to its shortcut, so that a deep stack trains easily
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -284,12 +288,11 @@ def ddim_sample(denoise, x, alphas_cumprod, steps=50, eta=0.0, randn=torch.randn
     return x
 
 
-def ddim_invert(denoise, x0, alphas_cumprod, steps=50):
+def ddim_invert(denoise, x, alphas_cumprod, steps=50):
     """Images (B, ..) -> their noise, by eq. 12 backwards (Song et al. 2020, section 5.4)."""
     alpha_bar = alphas_cumprod.tolist()
     # starts at t = 0, because networks are not trained for t = -1
     times = [max(round(len(alpha_bar) * i / steps) - 1, 0) for i in range(steps + 1)]
-    x = x0
     for t, t_next in pairwise(times):
         a, a_next = alpha_bar[t], alpha_bar[t_next]
         x0 = denoise(x, t)
@@ -328,19 +331,16 @@ def load(path):
     try:
         archive = zipfile.ZipFile(path)
         folders = [entry for entry in archive.filelist if entry.external_attr & 16]
-        if archive.testzip() or folders:  # torch.load ignores checksums, and skips folders
+        if archive.testzip() or folders:  # torch.load ignores checksums, and skips what is a folder
             raise ValueError("it is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code of the file
         config = state["config"]
         model = UNet(config["dim"]).eval()
         model.load_state_dict(state["ema"])
-        means = config["meaning"]
-        measured = meaning()
-        if measured not in (None, means):
-            changed = "trained with another schedule, loss or denoiser"
-            raise ValueError(f"{changed}: it means {means}, and this script {measured}")
+        if meaning() not in (None, config["meaning"]):
+            raise ValueError("trained with another schedule, loss or denoiser")
     except Exception as error:  # of a dozen kinds, because a file can be damaged in many ways
-        reason = str(error).partition("\n")[0].partition(". ")[0]  # its first sentence
+        reason = " ".join(str(error).partition(". ")[0].split())[:300]  # its first sentence
         sys.exit(f"{path} is not a checkpoint of {NAME}.py: {type(error).__name__}: {reason}")
     return model, state
 
@@ -387,10 +387,11 @@ def draw(model, alphas_cumprod, args, y, out):
     sample = SAMPLERS[args.sampler]
     progress = Progress(len(indices), "images")
     rows = len(args.prompt or set(y))
-    if (rows == 1 or rows >= len(y)) and not args.interpolate:
+    if not 1 < rows < len(y) and not args.interpolate:
         rows = round(math.sqrt(len(y)))
     drawn, way = [], []  # the images, in parts, and for a .gif the x_t on the way to a part
 
+    # denoise and noise_stream are those of the part that is being drawn
     def watched(x_t, t):
         progress.add(len(x_t) / args.steps)
         if out.endswith(".gif"):
@@ -398,7 +399,7 @@ def draw(model, alphas_cumprod, args, y, out):
         return denoise(x_t, t)
 
     def randn(x):
-        return next(noise_stream)  # of the part that is being drawn
+        return next(noise_stream)
 
     for start in range(0, len(indices), args.micro_batch):
         part = indices[start : start + args.micro_batch]
@@ -429,8 +430,8 @@ def invert(model, alphas_cumprod, args, y, out):
     """Write a picture of --invert, its noise, it again, and the noise under the other prompts."""
     from common import read_image
 
-    if out.endswith("/"):
-        sys.exit(f"--invert draws one picture: --out {out} must end in .png")
+    if out.endswith("/") or (Path(out).exists() and Path(out).samefile(args.invert)):
+        sys.exit(f"--invert draws one picture: --out {out} must end in .png, and be another file")
     device = alphas_cumprod.device
     try:
         image = read_image(args.invert, SIZE, CHANNELS)[None].to(device) / 127.5 - 1
@@ -467,8 +468,8 @@ def save(state, saved, run_dir):
     """Write the state of a run, with that of its networks and optimizers, and log.csv."""
     if RANK > 0:
         return
-    state |= {name: part.state_dict() for name, part in saved.items()}
-    torch.save(state, run_dir / "ckpt.tmp")
+    state_dicts = {name: part.state_dict() for name, part in saved.items()}
+    torch.save(state | state_dicts, run_dir / "ckpt.tmp")
     os.replace(run_dir / "ckpt.tmp", run_dir / "ckpt.pt")  # no kill leaves half a file
     with open(run_dir / "log.csv", "w", newline="") as file:
         log = csv.DictWriter(file, state["log"][-1], extrasaction="ignore", lineterminator="\n")
@@ -478,7 +479,7 @@ def save(state, saved, run_dir):
 
 @torch.no_grad()
 def validate(model, test_set, alphas_cumprod, autocast):
-    """The loss on the same 256 test images each time; nan without a test set."""
+    """The loss on the same 256 test images and uniform times; nan without a test set."""
     from common import batch
 
     if not test_set:
@@ -490,18 +491,18 @@ def validate(model, test_set, alphas_cumprod, autocast):
 
 
 def train(args, state, device):
-    """Step n is a function of (--seed, n) and the weights, in however many goes and processes."""
+    """Step n depends on --seed, n and the state alone: not on stops, nor on how many processes."""
     from common import Progress, batch, load_data
 
     train_set, test_set, class_names = load_data(DATA, args.data_dir, SIZE, CHANNELS, device)
     if len(class_names) > len(DIGITS):
         sys.exit(f"--data-dir {args.data_dir}: {len(class_names)} classes, and words for ten")
-    run_dir = Path(args.run_dir)
+    run_dir = Path(args.run_dir).expanduser()
     torch.manual_seed(args.seed)  # the same first weights in every process
     model = UNet(args.dim).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizers = {"optimizer": torch.optim.Adam(model.parameters(), args.lr, fused=True)}
-    saved = {"model": model, "ema": ema, **optimizers}
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
+    saved = {"model": model, "ema": ema, "optimizer": optimizer}
     if state:
         for name, part in saved.items():
             part.load_state_dict(state[name])
@@ -536,10 +537,9 @@ def train(args, state, device):
         losses.append(train_loss)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         lr = learning_rate(step, args)
-        for optimizer in optimizers.values():
-            optimizer.param_groups[0]["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad()
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
         state["step"] = step
         state["images"] += args.batch_size
         half_life = min(args.ema, 0.05 * state["images"])  # short at first: the start was bad
@@ -580,17 +580,19 @@ def train(args, state, device):
         if sampling:
             asked = [tokenize(str(i % len(class_names))) for i in range(args.n)]
             draw(ema, alphas_cumprod, args, asked, f"{run_dir}/samples-{step:07d}.png")
+            start = time.perf_counter()  # drawing is not training
 
 
 # ---- The command line
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser()
     parser.error = sys.exit  # one line, not a page of usage
     add = parser.add_argument
 
     def flag(name, default, text, **options):
+        text += " (default: %(default)s)"
         add(name, type=type(default), default=default, help=text, **options)
 
     # drawing: each of the first six asks for it
@@ -668,9 +670,9 @@ def main():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    own = Path(args.run_dir, "ckpt.pt")
+    own = Path(args.run_dir, "ckpt.pt").expanduser()
     if drawing:
-        Path(f"{out}x").parent.mkdir(parents=True, exist_ok=True)
+        os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
         shipped = Path(__file__).with_name("checkpoints") / f"{NAME}.pt"
         path = args.ckpt or (own if own.exists() else shipped)
         model, state = load(path)
@@ -690,7 +692,9 @@ def main():
     else:
         if args.resume and not own.exists():
             sys.exit(f"--resume: there is no {own}")
-        with FileLock(own.with_name(f"lock{RANK}"), timeout=0):  # fails where another run is in it
+        with FileLock(
+            own.with_name(f"lock{RANK}"), timeout=0
+        ):  # makes the folder; only one run may be in it
             state = None
             if own.exists():
                 args, state = resume(parser, args, own)

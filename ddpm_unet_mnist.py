@@ -55,7 +55,9 @@ def norm(channels):  # 16 channels a group: smaller groups take a CPU six times 
     return nn.GroupNorm(channels // 16, channels)
 
 
-def zero(layer):  # at first a block changes nothing, so that a deep stack of them trains easily
+def zero(
+    layer,
+):  # at first a block adds nothing to its shortcut, so that a deep stack trains easily
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -121,12 +123,7 @@ def schedule(device="cpu", name="cosine"):
     """alphas_cumprod (T,): the share of the image's variance that is left at each time."""
     import common  # here, so that the rest needs no common.py
 
-    schedules = {
-        "linear": common.linear_schedule,  # the paper's
-        "cosine": common.cosine_schedule,
-        "flow": common.flow_schedule,
-    }
-    return schedules[name](T).to(device)
+    return getattr(common, f"{name}_schedule")(T).to(device)
 
 
 def loss(model, x0, y, t, noise, alphas_cumprod):
@@ -215,19 +212,16 @@ def load(path):
     try:
         archive = zipfile.ZipFile(path)
         folders = [entry for entry in archive.filelist if entry.external_attr & 16]
-        if archive.testzip() or folders:  # torch.load ignores checksums, and skips folders
+        if archive.testzip() or folders:  # torch.load ignores checksums, and skips what is a folder
             raise ValueError("it is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code of the file
         config = state["config"]
         model = UNet(config["dim"]).eval()
         model.load_state_dict(state["ema"])
-        means = config["meaning"]
-        measured = meaning(config["schedule"])
-        if measured not in (None, means):
-            changed = "trained with another schedule, loss or denoiser"
-            raise ValueError(f"{changed}: it means {means}, and this script {measured}")
+        if meaning(config["schedule"]) not in (None, config["meaning"]):
+            raise ValueError("trained with another schedule, loss or denoiser")
     except Exception as error:  # of a dozen kinds, because a file can be damaged in many ways
-        reason = str(error).partition("\n")[0].partition(". ")[0]  # its first sentence
+        reason = " ".join(str(error).partition(". ")[0].split())[:300]  # its first sentence
         sys.exit(f"{path} is not a checkpoint of {NAME}.py: {type(error).__name__}: {reason}")
     return model, state
 
@@ -260,6 +254,7 @@ def draw(model, alphas_cumprod, args, out):
     progress = Progress(len(indices), "images")
     drawn, way = [], []  # the images, in parts, and for a .gif the x_t on the way to a part
 
+    # denoise and noise_stream are those of the part that is being drawn
     def watched(x_t, t):
         progress.add(len(x_t) / args.steps)
         if out.endswith(".gif"):
@@ -267,7 +262,7 @@ def draw(model, alphas_cumprod, args, out):
         return denoise(x_t, t)
 
     def randn(x):
-        return next(noise_stream)  # of the part that is being drawn
+        return next(noise_stream)
 
     denoise = denoiser(model, alphas_cumprod)
     for start in range(0, len(indices), args.micro_batch):
@@ -294,12 +289,12 @@ def draw(model, alphas_cumprod, args, out):
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonal momentum (kellerjordan.github.io/posts/muon). PyTorch's computes in bfloat16."""
+    """Orthogonal momentum (kellerjordan.github.io/posts/muon). PyTorch's is always in bfloat16."""
 
     @torch.no_grad()
     def step(self):
         group = self.param_groups[0]
-        for shape in {w.shape for w in group["params"]}:  # one by one, a GPU would wait
+        for shape in {w.shape for w in group["params"]}:  # all of a shape at once, for the GPU
             ws = [w for w in group["params"] if w.shape == shape]
             grads = torch.stack([w.grad.reshape(len(w), -1) for w in ws])
             momenta = self.state[ws[0]].setdefault("momenta", torch.zeros_like(grads))
@@ -333,8 +328,8 @@ def save(state, saved, run_dir):
     """Write the state of a run, with that of its networks and optimizers, and log.csv."""
     if RANK > 0:
         return
-    state |= {name: part.state_dict() for name, part in saved.items()}
-    torch.save(state, run_dir / "ckpt.tmp")
+    state_dicts = {name: part.state_dict() for name, part in saved.items()}
+    torch.save(state | state_dicts, run_dir / "ckpt.tmp")
     os.replace(run_dir / "ckpt.tmp", run_dir / "ckpt.pt")  # no kill leaves half a file
     with open(run_dir / "log.csv", "w", newline="") as file:
         log = csv.DictWriter(file, state["log"][-1], extrasaction="ignore", lineterminator="\n")
@@ -344,7 +339,7 @@ def save(state, saved, run_dir):
 
 @torch.no_grad()
 def validate(model, test_set, alphas_cumprod, autocast):
-    """The loss on the same 256 test images each time; nan without a test set."""
+    """The loss on the same 256 test images and uniform times; nan without a test set."""
     from common import batch
 
     if not test_set:
@@ -355,16 +350,16 @@ def validate(model, test_set, alphas_cumprod, autocast):
 
 
 def train(args, state, device):
-    """Step n is a function of (--seed, n) and the weights, in however many goes and processes."""
+    """Step n depends on --seed, n and the state alone: not on stops, nor on how many processes."""
     from common import Progress, batch, load_data
 
     train_set, test_set, class_names = load_data(DATA, args.data_dir, SIZE, CHANNELS, device)
-    run_dir = Path(args.run_dir)
+    run_dir = Path(args.run_dir).expanduser()
     torch.manual_seed(args.seed)  # the same first weights in every process
     model = UNet(args.dim).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizers = {"optimizer": Muon(model.parameters(), {"lr": args.lr})}
-    saved = {"model": model, "ema": ema, **optimizers}
+    optimizer = Muon(model.parameters(), {"lr": args.lr})  # takes a bias as a matrix, too
+    saved = {"model": model, "ema": ema, "optimizer": optimizer}
     if state:
         for name, part in saved.items():
             part.load_state_dict(state[name])
@@ -400,11 +395,10 @@ def train(args, state, device):
         losses.append(train_loss)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         lr = learning_rate(step, args)
-        for optimizer in optimizers.values():
-            optimizer.param_groups[0]["lr"] = lr
-            with autocast:  # for the products in Muon
-                optimizer.step()
-            optimizer.zero_grad()
+        optimizer.param_groups[0]["lr"] = lr
+        with autocast:  # for the products in Muon
+            optimizer.step()
+        optimizer.zero_grad()
         state["step"] = step
         state["images"] += args.batch_size
         half_life = min(args.ema, 0.05 * state["images"])  # short at first: the start was bad
@@ -444,17 +438,19 @@ def train(args, state, device):
                 break
         if sampling:
             draw(ema, alphas_cumprod, args, f"{run_dir}/samples-{step:07d}.png")
+            start = time.perf_counter()  # drawing is not training
 
 
 # ---- The command line
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser()
     parser.error = sys.exit  # one line, not a page of usage
     add = parser.add_argument
 
     def flag(name, default, text, **options):
+        text += " (default: %(default)s)"
         add(name, type=type(default), default=default, help=text, **options)
 
     # drawing: each of the first three asks for it
@@ -465,9 +461,7 @@ def make_parser():
     flag("--steps", 50, "of the sampler: the papers' ddpm takes 1000")
     flag("-n", 64, "how many images")
     # training
-    flag(
-        "--schedule", "cosine", "of the noise: linear is Ho's", choices=["linear", "cosine", "flow"]
-    )
+    flag("--schedule", "cosine", "linear is the paper's", choices=["linear", "cosine", "flow"])
     flag("--data-dir", "data", "MNIST, or your own images in train/<class>/")
     flag("--run-dir", f"runs/{NAME}", "for ckpt.pt, log.csv and samples")
     add("--resume", action="store_true", help="continue the run in --run-dir, with its flags")
@@ -529,9 +523,9 @@ def main():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    own = Path(args.run_dir, "ckpt.pt")
+    own = Path(args.run_dir, "ckpt.pt").expanduser()
     if drawing:
-        Path(f"{out}x").parent.mkdir(parents=True, exist_ok=True)
+        os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
         shipped = Path(__file__).with_name("checkpoints") / f"{NAME}.pt"
         path = args.ckpt or (own if own.exists() else shipped)
         model, state = load(path)
@@ -540,7 +534,9 @@ def main():
     else:
         if args.resume and not own.exists():
             sys.exit(f"--resume: there is no {own}")
-        with FileLock(own.with_name(f"lock{RANK}"), timeout=0):  # fails where another run is in it
+        with FileLock(
+            own.with_name(f"lock{RANK}"), timeout=0
+        ):  # makes the folder; only one run may be in it
             state = None
             if own.exists():
                 args, state = resume(parser, args, own)

@@ -440,7 +440,7 @@ def test_what_means_something_else_is_refused(script, monkeypatch):
     for name, change in changes.items():
         with monkeypatch.context() as patch:
             patch.setattr(script, name, change)
-            with pytest.raises(SystemExit, match="it means "):
+            with pytest.raises(SystemExit, match="trained with another schedule, loss or denoiser"):
                 script.load(path)
 
 
@@ -449,18 +449,18 @@ def test_what_means_something_else_is_refused_by_ddpm(monkeypatch):
     shipped(ddpm)
     with monkeypatch.context() as patch:
         patch.setattr(common, "cosine_schedule", common.linear_schedule)
-        with pytest.raises(SystemExit, match="it means "):
+        with pytest.raises(SystemExit, match="trained with another schedule, loss or denoiser"):
             ddpm.load(path)
     for name in ("loss", "denoiser"):
         with monkeypatch.context() as patch:
             patch.setattr(ddpm, name, getattr(dit, name))
-            with pytest.raises(SystemExit, match="it means "):
+            with pytest.raises(SystemExit, match="trained with another schedule, loss or denoiser"):
                 ddpm.load(path)
 
 
 def test_words_that_mean_something_else_are_refused(monkeypatch):
     monkeypatch.setattr(ddim, "WORDS", [*reversed(ddim.WORDS)])
-    with pytest.raises(SystemExit, match="it means "):
+    with pytest.raises(SystemExit, match="trained with another schedule, loss or denoiser"):
         ddim.load(ROOT / "checkpoints" / "ddim_unet_mnist.pt")
 
 
@@ -673,6 +673,12 @@ def test_each_chance_decides_one_thing(which, number, words):
     u = U.copy()
     u[which] = number
     assert caption(THICK, 7, u) == words
+
+
+def test_dark_digits_on_light_paper_are_ink_all_the_same():
+    assert caption(-THICK, 7, U) == caption(THICK, 7, U)
+    images = [ddim.illustrate(x, torch.tensor([7]), torch.tensor([U]))[0] for x in (THICK, -THICK)]
+    torch.testing.assert_close(*images)
 
 
 def test_images_are_painted_as_the_caption_says():
@@ -1041,6 +1047,13 @@ def test_pictures_from_the_command_line(script):
     assert (pixels("x.png") - pixels("y.png")).abs().max() > 1
 
 
+def test_a_folder_at_home(script, monkeypatch):
+    monkeypatch.setenv("HOME", os.getcwd())
+    train(script, "'~/run'", 1)
+    assert Path("run/samples-0000001.png").exists()
+    assert "run holds a run" in refused(script, "--run-dir '~/run'")
+
+
 @pytest.mark.parametrize("script", TRANSFORMERS)
 def test_a_row_for_each_class(script):
     train(script, "run", 1)
@@ -1267,7 +1280,7 @@ def nothing_changes(monkeypatch):
 
 def test_data_that_cannot_be_read(nothing_changes):
     line = refused(dit, "--data-dir nowhere --run-dir a")
-    assert "--data-dir nowhere: no network? put the files of CIFAR10 into" in line
+    assert "--data-dir nowhere: no network? put all files of CIFAR10 into" in line
     assert "put images into train/<class>/*.png" in refused(dit, "--data-dir run --run-dir b")
     line = refused(dit, "--data-dir broken --run-dir c")
     assert "replace or delete broken/train/a/0.png" in line
@@ -1291,6 +1304,9 @@ def test_flags_that_make_no_sense(nothing_changes, monkeypatch):
     assert "--depth 3 must be even" in refused(uvit, "--run-dir c --depth 3")
     assert "'pink' is not known" in refused(ddim, "--prompt pink")
     assert refused(ddim, "--invert text").startswith("--invert text: ")
+    assert "be another file" in refused(
+        ddim, "--invert eleven/train/0/0.png --out eleven/train/0/../0/0.png"
+    )
     monkeypatch.setattr(dit, "WORLD", 2)
     monkeypatch.setattr(torch.distributed, "init_process_group", mock.Mock())
     line = refused(dit, "--run-dir d --batch-size 9")

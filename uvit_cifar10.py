@@ -192,16 +192,15 @@ def ddim_sample(denoise, x, alphas_cumprod, steps=50, eta=0.0, randn=torch.randn
 def dpm_solver_sample(denoise, x, alphas_cumprod, steps=12, randn=None):
     """DPM-Solver++(2M) (Lu et al. 2022, 2211.01095, algorithm 2), in even steps of lambda.
 
-    Draws no noise. Takes fewer steps than asked for where two of them round to the same time.
+    Takes fewer steps than asked for where two of them round to the same time. randn is not used.
     """
     alpha_bar = alphas_cumprod.cpu().double().clamp(max=1 - 1e-7)
     alpha, sigma = alpha_bar.sqrt().tolist(), (1 - alpha_bar).sqrt().tolist()
     lambdas = alpha_bar.logit() / 2  # log(alpha / sigma); below -5.1, x_t is all noise
-    times = set()
-    for target in torch.linspace(max(lambdas[-1], -5.1), lambdas[0], steps):
-        times.add((lambdas - target).abs().argmin().item())
-    times = sorted(times, reverse=True)
-    x0_before, h_before = x, math.inf  # the first step has nothing to extrapolate from
+    targets = torch.linspace(max(lambdas[-1], -5.1), lambdas[0], steps)
+    nearest = (lambdas[:, None] - targets).abs().argmin(dim=0)
+    times = nearest.unique().flip(0).tolist()  # T - 1 first
+    x0_before, h_before = x, math.inf  # h / inf = 0: the first step does not extrapolate
     for t, t_next in pairwise(times):
         x0 = denoise(x, t)
         h = (lambdas[t_next] - lambdas[t]).item()
@@ -240,20 +239,17 @@ def load(path):
     try:
         archive = zipfile.ZipFile(path)
         folders = [entry for entry in archive.filelist if entry.external_attr & 16]
-        if archive.testzip() or folders:  # torch.load ignores checksums, and skips folders
+        if archive.testzip() or folders:  # torch.load ignores checksums, and skips what is a folder
             raise ValueError("it is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code of the file
         config = state["config"]
         shape = [config["dim"], config["depth"], config["heads"], config["patch"]]
         model = UViT(*shape, len(config["class_names"])).eval()
         model.load_state_dict(state["ema"])
-        means = config["meaning"]
-        measured = meaning()
-        if measured not in (None, means):
-            changed = "trained with another schedule, loss or denoiser"
-            raise ValueError(f"{changed}: it means {means}, and this script {measured}")
+        if meaning() not in (None, config["meaning"]):
+            raise ValueError("trained with another schedule, loss or denoiser")
     except Exception as error:  # of a dozen kinds, because a file can be damaged in many ways
-        reason = str(error).partition("\n")[0].partition(". ")[0]  # its first sentence
+        reason = " ".join(str(error).partition(". ")[0].split())[:300]  # its first sentence
         sys.exit(f"{path} is not a checkpoint of {NAME}.py: {type(error).__name__}: {reason}")
     return model, state
 
@@ -286,6 +282,7 @@ def draw(model, alphas_cumprod, args, y, out):
     progress = Progress(len(indices), "images")
     drawn, way = [], []  # the images, in parts, and for a .gif the x_t on the way to a part
 
+    # denoise and noise_stream are those of the part that is being drawn
     def watched(x_t, t):
         progress.add(len(x_t) / args.steps)
         if out.endswith(".gif"):
@@ -293,7 +290,7 @@ def draw(model, alphas_cumprod, args, y, out):
         return denoise(x_t, t)
 
     def randn(x):
-        return next(noise_stream)  # of the part that is being drawn
+        return next(noise_stream)
 
     for start in range(0, len(indices), args.micro_batch):
         part = indices[start : start + args.micro_batch]
@@ -312,7 +309,7 @@ def draw(model, alphas_cumprod, args, y, out):
     if drawn:
         frames = [torch.cat(frame) for frame in zip(*drawn, strict=True)]
         rows = len(args.classes or set(y))
-        if rows == 1 or rows >= len(y):
+        if not 1 < rows < len(y):
             rows = round(math.sqrt(len(y)))
         first, *rest = [picture(images, rows) for images in frames]
         first.save(out, save_all=bool(rest), append_images=rest, duration=60, loop=0)
@@ -323,12 +320,12 @@ def draw(model, alphas_cumprod, args, y, out):
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonal momentum (kellerjordan.github.io/posts/muon). PyTorch's computes in bfloat16."""
+    """Orthogonal momentum (kellerjordan.github.io/posts/muon). PyTorch's is always in bfloat16."""
 
     @torch.no_grad()
     def step(self):
         group = self.param_groups[0]
-        for shape in {w.shape for w in group["params"]}:  # one by one, a GPU would wait
+        for shape in {w.shape for w in group["params"]}:  # all of a shape at once, for the GPU
             ws = [w for w in group["params"] if w.shape == shape]
             grads = torch.stack([w.grad.reshape(len(w), -1) for w in ws])
             momenta = self.state[ws[0]].setdefault("momenta", torch.zeros_like(grads))
@@ -371,8 +368,8 @@ def save(state, saved, run_dir):
     """Write the state of a run, with that of its networks and optimizers, and log.csv."""
     if RANK > 0:
         return
-    state |= {name: part.state_dict() for name, part in saved.items()}
-    torch.save(state, run_dir / "ckpt.tmp")
+    state_dicts = {name: part.state_dict() for name, part in saved.items()}
+    torch.save(state | state_dicts, run_dir / "ckpt.tmp")
     os.replace(run_dir / "ckpt.tmp", run_dir / "ckpt.pt")  # no kill leaves half a file
     with open(run_dir / "log.csv", "w", newline="") as file:
         log = csv.DictWriter(file, state["log"][-1], extrasaction="ignore", lineterminator="\n")
@@ -382,7 +379,7 @@ def save(state, saved, run_dir):
 
 @torch.no_grad()
 def validate(model, test_set, alphas_cumprod, autocast):
-    """The loss on the same 256 test images each time; nan without a test set."""
+    """The loss on the same 256 test images and uniform times; nan without a test set."""
     from common import batch
 
     if not test_set:
@@ -393,11 +390,11 @@ def validate(model, test_set, alphas_cumprod, autocast):
 
 
 def train(args, state, device):
-    """Step n is a function of (--seed, n) and the weights, in however many goes and processes."""
+    """Step n depends on --seed, n and the state alone: not on stops, nor on how many processes."""
     from common import Progress, batch, load_data
 
     train_set, test_set, class_names = load_data(DATA, args.data_dir, SIZE, CHANNELS, device)
-    run_dir = Path(args.run_dir)
+    run_dir = Path(args.run_dir).expanduser()
     torch.manual_seed(args.seed)  # the same first weights in every process
     model = UViT(args.dim, args.depth, args.heads, args.patch, len(class_names)).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
@@ -483,17 +480,19 @@ def train(args, state, device):
         if sampling:
             asked = [i % len(class_names) for i in range(args.n)]
             draw(ema, alphas_cumprod, args, asked, f"{run_dir}/samples-{step:07d}.png")
+            start = time.perf_counter()  # drawing is not training
 
 
 # ---- The command line
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser()
     parser.error = sys.exit  # one line, not a page of usage
     add = parser.add_argument
 
     def flag(name, default, text, **options):
+        text += " (default: %(default)s)"
         add(name, type=type(default), default=default, help=text, **options)
 
     # drawing: each of the first four asks for it
@@ -504,7 +503,8 @@ def make_parser():
     flag("--sampler", "dpm", "which way to the image", choices=list(SAMPLERS))
     flag("--steps", 12, "of the sampler: ddim wants 50, ddpm 250")
     flag("--guidance", 3.0, "1 is none, more obeys the class more")
-    add("--guidance-interval", type=float, nargs=2, default=(0.2, 0.8), help="guide at these t / T")
+    interval = "guide at these t / T (default: 0.2 0.8)"
+    add("--guidance-interval", type=float, nargs=2, default=(0.2, 0.8), help=interval)
     flag("-n", 100, "how many images")
     # training
     flag("--data-dir", "data", "CIFAR-10, or your own images in train/<class>/")
@@ -569,9 +569,9 @@ def main():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    own = Path(args.run_dir, "ckpt.pt")
+    own = Path(args.run_dir, "ckpt.pt").expanduser()
     if drawing:
-        Path(f"{out}x").parent.mkdir(parents=True, exist_ok=True)
+        os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
         shipped = Path(__file__).with_name("checkpoints") / f"{NAME}.pt"
         path = args.ckpt or (own if own.exists() else shipped)
         model, state = load(path)
@@ -585,7 +585,9 @@ def main():
     else:
         if args.resume and not own.exists():
             sys.exit(f"--resume: there is no {own}")
-        with FileLock(own.with_name(f"lock{RANK}"), timeout=0):  # fails where another run is in it
+        with FileLock(
+            own.with_name(f"lock{RANK}"), timeout=0
+        ):  # makes the folder; only one run may be in it
             state = None
             if own.exists():
                 args, state = resume(parser, args, own)

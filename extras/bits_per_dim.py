@@ -10,7 +10,7 @@ import math
 import sys
 
 import torch
-from tools import DEVICE, load
+from tools import DEVICE, as_trained, compare_classes, load
 from torch.special import ndtr
 
 from common import Progress, load_data
@@ -136,13 +136,11 @@ def main(argv=None):
     known = len(state["config"]["class_names"])
     if len(classes) != known:
         sys.exit(f"--data-dir {args.data_dir}: {len(classes)} classes, and the model knows {known}")
+    compare_classes(state, classes)
 
     torch.manual_seed(0)
     images, y = test_set
-    if hasattr(script, "illustrate"):  # in colours, and told what captions may say
-        u = torch.rand(len(y), 12).clamp(min=0.1)  # so that every caption says something
-        x0, y = script.illustrate(images / 127.5 - 1, y, u)
-        images = x0.mul(127.5).add(127.5).round().byte()
+    images, y = as_trained(script, images, y)
     chosen = torch.randperm(len(images))[: args.n]
     exact = alphas_cumprod.cpu().double()
     progress = Progress(len(chosen), "images")

@@ -14,9 +14,10 @@ import logging
 import sys
 
 import torch
-from tools import DEVICE, read_folder
+from tools import DEVICE, as_trained, read_folder
 from torchvision.transforms.functional import to_pil_image
 
+import ddim_unet_mnist
 from common import Progress, load_data
 
 
@@ -85,7 +86,11 @@ def main(argv=None, clip=None):
     clip = (model.to(DEVICE).eval(), tokenizer, preprocess)
     words = [name.split(" - ")[-1] for name in class_names]  # MNIST's are "7 - seven"
     captions = [args.caption.replace("{}", word) for word in words]
+    if len(tokenizer(captions).unique(dim=0)) < len(captions):
+        sys.exit(f"--caption {args.caption!r} is the same for two classes: put {{}} for the class")
     real_images, real_labels = test_set or train_set
+    if size == 28 and (images != images[:, :1]).any():
+        real_images, _ = as_trained(ddim_unet_mnist, real_images, real_labels)
     torch.manual_seed(0)
     chosen = torch.randperm(len(real_images))[: len(images)]
     real = clip_scores(clip, real_images[chosen], real_labels[chosen], captions)

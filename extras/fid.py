@@ -15,9 +15,10 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
-from tools import load, read_folder
+from tools import as_trained, compare_classes, load, read_folder
 from torch.utils.data import Dataset
 
+import ddim_unet_mnist
 from common import Progress, load_data
 
 FLAGS = ("sampler", "steps", "guidance", "guidance_interval", "classes", "prompt", "seed")
@@ -114,9 +115,12 @@ def main(argv=None):
     if Path(args.what).is_dir():
         source = "drawn before: its sampler, steps, guidance and seed are yours to tell"
         images = read(args.what)
-        is_gray = (images == images[:, :1]).all()
-        name = "MNIST" if is_gray else "CIFAR10"
-        train_set, _, _ = load_data(name, args.data_dir, images.shape[-1], 3)
+        is_grey = (images == images[:, :1]).all()
+        size = images.shape[-1]
+        name = "MNIST" if is_grey or size == 28 else "CIFAR10"
+        train_set, _, _ = load_data(name, args.data_dir, size, 3)
+        if size == 28 and not is_grey:
+            train_set = as_trained(ddim_unet_mnist, *train_set)
     else:
         script, _, state, _ = load(args.what)
         typed = vars(script.make_parser().parse_args(flags))
@@ -125,7 +129,9 @@ def main(argv=None):
             if flag in typed:
                 source += f", {flag} {typed[flag]}"
         # Before the drawing, which may take hours, because the data may not be there.
-        train_set, _, _ = load_data(script.DATA, args.data_dir, script.SIZE, 3)
+        train_set, _, class_names = load_data(script.DATA, args.data_dir, script.SIZE, 3)
+        compare_classes(state, class_names)
+        train_set = as_trained(script, *train_set)
         images = draw(script, args, flags)
     real, _ = train_set
     scores = score(fidelity, images, real, args.weights)

@@ -20,11 +20,14 @@ from common import Progress, batch, load_data
 
 
 class LoRA(nn.Sequential):
-    """Two linear layers, A (rank, n) and B (m, rank), that turn a weight (m, ..) into it + B A."""
+    """Two linear layers, A (r, n) and B (m, r), turn a weight (m, ..) into it + 8 / r B A (eq. 3).
+
+    So the change does not grow with the rank r; 8, the default, is what papers call alpha.
+    """
 
     def forward(self, weight):
         a, b = self
-        return weight + (b.weight @ a.weight).view_as(weight)
+        return weight + (8 / len(a.weight) * b.weight @ a.weight).view_as(weight)
 
 
 def add_lora(model, rank):
@@ -38,12 +41,13 @@ def add_lora(model, rank):
         nn.utils.parametrize.register_parametrization(layer, "weight", LoRA(a, b).to(DEVICE))
 
 
-def train(script, model, alphas_cumprod, num_classes, args):
+def train(script, model, alphas_cumprod, state, args):
     """Train A and B by the script's loss. Returns {name: weight in half precision}."""
     if not Path(args.data_dir, "train").is_dir():  # load_data would fetch what the model knows
         sys.exit(f"--data-dir {args.data_dir}: put images into {args.data_dir}/train/<class>/")
     shape = (script.SIZE, script.CHANNELS)
     train_set, _, class_names = load_data(script.DATA, args.data_dir, *shape, DEVICE)
+    num_classes = len(state["config"]["class_names"])
     has_classes = script.NAME != "ddpm_unet_mnist"
     if has_classes and len(class_names) != num_classes:
         found = f"{len(class_names)} classes, and the model has {num_classes}"
@@ -51,23 +55,29 @@ def train(script, model, alphas_cumprod, num_classes, args):
     learnt = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     optimizer = torch.optim.Adam(learnt.values())
     progress = Progress(args.steps, "steps")
-    losses = []
-    for step in range(args.steps):
+
+    def loss(step):
         x0, y, t, noise, u = batch(*train_set, script.T, 16, 0, step)
         if hasattr(script, "illustrate"):
             x0, y = script.illustrate(x0, y, u)  # colours and captions
         elif hasattr(model, "nothing"):
             y[u[:, 0] < 0.1] = model.nothing  # a tenth without a class, for guidance
-        loss = script.loss(model, x0, y, t, noise, alphas_cumprod)
-        loss.backward()
-        losses.append(loss.item())
+        return script.loss(model, x0, y, t, noise, alphas_cumprod)
+
+    losses = []
+    for step in range(args.steps):
+        loss_now = loss(step)
+        loss_now.backward()
+        losses.append(loss_now.item())
         optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / args.steps)
         optimizer.step()
         optimizer.zero_grad()
         progress.add(1)
-        if len(losses) == 50:
-            print(f"step {step + 1}  loss {sum(losses) / 50:.4f}", flush=True)
-            losses = []
+        if (step + 1) % 50 == 0:
+            print(f"step {step + 1}  loss {sum(losses[-50:]) / 50:.4f}", flush=True)
+    with torch.no_grad():
+        if not loss(0) <= losses[0]:  # of the same images and noise, before the first step
+            sys.exit("nothing was learnt, the loss is no lower than at first: try a lower --rank")
     return {name: weight.detach().cpu().half() for name, weight in learnt.items()}
 
 
@@ -158,10 +168,11 @@ def main(argv=None):
     torch.manual_seed(0)
     add_lora(model, adapter["rank"])
     if not args.adapter:
-        num_classes = len(state["config"]["class_names"])
-        adapter["weights"] = train(script, model, alphas_cumprod, num_classes, args)
+        adapter["weights"] = train(script, model, alphas_cumprod, state, args)
         save(adapter, adapter_out)
-    model.load_state_dict(adapter["weights"], strict=False)  # in the precision of the file
+    problem = model.load_state_dict(adapter["weights"], strict=False)  # in the file's precision
+    if problem.unexpected_keys or not all(w.isfinite().all() for w in adapter["weights"].values()):
+        sys.exit(f"--adapter {args.adapter} is damaged, or of another network")
     merged = {name: attrgetter(name)(model).detach().cpu() for name in state["ema"]}
     save({"ema": merged, "step": state["step"], "config": state["config"]}, out)
 

@@ -49,16 +49,17 @@ def draw(model, prompts, args, progress):
     numbers = range(len(prompts))
     drawn = []
 
-    def watch(x_t):
+    def watched(x_t, t):
         progress.add(len(x_t) / args.steps)
+        return denoise(x_t, t)
 
     for start in range(0, len(numbers), args.micro_batch):
         part = numbers[start : start + args.micro_batch]
         tokens = torch.tensor([ddim.tokenize(prompts[i]) for i in part], device=DEVICE)
         denoise = ddim.denoiser(model, alphas_cumprod, tokens, args.guidance)
-        noise_stream = noises(args.seed, part, shape, DEVICE)
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            images = ddim.draw(denoise, noise_stream, alphas_cumprod, "ddim", args.steps, watch)
+        noise = next(noises(args.seed, part, shape, DEVICE))
+        with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16, args.dtype == "bfloat16"):
+            images = ddim.ddim_sample(watched, noise, alphas_cumprod, args.steps)
         drawn.append(images.cpu())
     return torch.cat(drawn)
 

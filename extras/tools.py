@@ -34,6 +34,26 @@ def load(path):
     return script, model.to(DEVICE), state, script.schedule(DEVICE, *schedule)
 
 
+def compare_classes(state, class_names):
+    """Says so where the data have other classes than those that the checkpoint was trained on."""
+    known = state["config"]["class_names"]
+    if known != class_names:
+        print(f"the classes of the data are {class_names}, those of the checkpoint {known}")
+
+
+def as_trained(script, images, y):
+    """uint8 images (N, C, H, W) and classes y (N,), as they are shown to the network of a script.
+
+    That of ddim_unet_mnist sees digits in colours, the same ones each time, and y are captions.
+    """
+    if not hasattr(script, "illustrate"):
+        return images, y
+    u = torch.rand(len(y), 12, generator=torch.Generator().manual_seed(0))
+    u = u.clamp(min=0.1)  # so that every caption says something
+    x0, y = script.illustrate(images / 127.5 - 1, y, u)
+    return x0.mul(127.5).add(127.5).round().byte(), y
+
+
 def read_folder(folder):
     """The PNG files of a folder, uint8 (N, 3, S, S), and their classes (N,): 3 of 000042-3.png.
 

@@ -31,11 +31,11 @@ WORDS = {
     "main": """args.sample_only args.interpolate args.dim class_names classes try: ValueError
         prompt invert else: args.n) draw(""",
     "make_parser": """drawing: --classes --prompt --interpolate --invert --sampler --steps
-        --guidance "-n" --schedule --data-dir --batch-size --max-steps "--lr" --warmup "--ema"
-        --dim --depth --heads --patch caches""",
+        --guidance interval "-n" --schedule --data-dir --batch-size --max-steps "--lr" --warmup
+        "--ema" --dim --depth --heads --patch caches""",
     "meaning": "meaning( schedule( round( measured",
     "resume": "schedule",
-    "train": """class_names UNet( optimizers Muon optimizer.step() vars(args) "script" meaning(
+    "train": """class_names UNet( optimizer Muon vars(args) "script" meaning(
         schedule( u[:, later illustrate( draw(""",
     "validate": "batch( illustrate(",
     "draw": """draw( args.n len(y) rows asked denoiser( interpolate WORDS[

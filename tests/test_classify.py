@@ -70,7 +70,7 @@ def run(folder, monkeypatch, capfd):
 
     def run(*argv):
         classify.main([str(flag) for flag in argv])
-        return capfd.readouterr().out
+        return re.sub(r"^classes: .*\n", "", capfd.readouterr().out, flags=re.MULTILINE)
 
     return run
 

@@ -7,11 +7,13 @@ import re
 import struct
 import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from conftest import random_images, write_folders
-from PIL import Image
+from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 import common
 
@@ -218,7 +220,7 @@ def test_no_network(tmp_path, monkeypatch, name, files):
 
     monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", fail)
     text = refusal(name, tmp_path)
-    advice = f"put the files of {name} into {tmp_path / files}, or images into train/<class>/"
+    advice = f"put all files of {name} into {tmp_path / files}, or images into train/<class>/"
     assert text.startswith(f"no network? {advice} (unknown host")
 
 
@@ -290,7 +292,26 @@ def test_image_folders(tmp_path, capsys, test):
     assert train_set[0][:, 0, 5, 5].tolist() == [5, 6, 4]
     assert train_set[1].tolist() == [0, 0, 1]
     assert test_set[0][:, 0, 5, 5].tolist() == [8, 7]
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "classes: {0: 'a', 1: 'b \\xf6'}\n"
+
+
+def test_classes_come_in_the_order_of_numbers(tmp_path):
+    """As numbers or as words; others come after them, by the alphabet."""
+    names = ["10", "cat", "2", "two", "zero", "07", "bird"]
+    write_folders(tmp_path, *[f"train/{name}" for name in names])
+    (images, labels), _, classes = common.load_data("MNIST", tmp_path, 28, 1)
+    assert classes == ["zero", "2", "two", "07", "10", "bird", "cat"]
+    assert [names[k] for k in images[:, 0, 0, 0]] == [classes[k] for k in labels]
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    write_folders(tmp_path, "train/a", "elsewhere", "train/@eaDir/a")
+    (tmp_path / "train" / "a" / "loop").symlink_to(tmp_path / "train")
+    (tmp_path / "train" / "a" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "train" / "a" / "again").symlink_to(tmp_path / "elsewhere")
+    (images, _), _, classes = common.load_data("MNIST", tmp_path, 28, 1)
+    assert classes == ["a"]
+    assert sorted(images[:, 0, 0, 0].tolist()) == [0, 1, 1]
 
 
 LAYOUT = "put images into train/<class>/*.png (and test/<class>/*.png"
@@ -329,8 +350,9 @@ def test_what_is_passed_over_is_counted(tmp_path, monkeypatch, rank):
     console.flush()
     assert images.shape == (8, 1, 28, 28)
     assert test_set is None
-    line = f"{tmp_path / 'train'}: 2 files are no images, such as '\\udcff.heic'\n"
-    assert console.buffer.getvalue().decode() == (line if rank == "0" else "")
+    lines = console.buffer.getvalue().decode().splitlines()
+    passed_over = f"{tmp_path / 'train'}: 2 files are no images, such as '\\udcff.heic'"
+    assert lines == ([passed_over, "classes: {0: 'a'}"] if rank == "0" else [])
 
 
 def test_reading_shows_its_progress(tmp_path, monkeypatch, capsys):
@@ -339,6 +361,7 @@ def test_reading_shows_its_progress(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common.time, "monotonic", lambda: next(clock))
     common.load_data("MNIST", tmp_path, 28, 1)
     assert capsys.readouterr().out.splitlines() == [
+        "classes: {0: 'a', 1: 'b', 2: 'c'}",
         "1 of 3 images read, 6 s left",
         "2 of 3 images read, 3 s left",
         "3 of 3 images read, 0 s left",
@@ -448,6 +471,69 @@ def test_a_truncated_image_is_refused(tmp_path, ending):
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=re.escape(f"replace or delete {path}: ")):
         common.read_image(path, 64, 3)
+
+
+def test_large_images_and_long_comments_are_read(tmp_path):
+    Image.new("1", (14000, 13000)).save(tmp_path / "large.png")  # Pillow's own limit is 179 million
+    text = PngInfo()
+    text.add_text("workflow", "x" * 10**8, zip=True)
+    Image.new("L", (9, 9)).save(tmp_path / "long.png", pnginfo=text)
+    for path in tmp_path.iterdir():
+        assert not common.read_image(path, 8, 1).any()
+
+
+def display_p3():
+    """A colour profile of telephones: sRGB's curve, but wider primaries."""
+    primaries = [(0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.0666, 0.7841)]
+    xyz = [struct.pack(">4s4x3i", b"XYZ ", *[round(v * 65536) for v in p]) for p in primaries]
+    white = struct.pack(">4s4x3i", b"XYZ ", 63190, 65536, 54061)
+    curve = struct.pack(">4s4xI", b"curv", 1) + struct.pack(">H2x", round(2.2 * 256))
+    text = struct.pack(">4s4xI", b"desc", 3) + b"P3\0" + bytes(79)
+    content = {b"wtpt": white, b"desc": text, b"cprt": struct.pack(">4s4x", b"text") + b"x\0\0\0"}
+    for colour, value in zip("rgb", xyz, strict=True):
+        content[f"{colour}XYZ".encode()] = value
+        content[f"{colour}TRC".encode()] = curve
+    table, data = b"", b""
+    for tag, value in content.items():
+        start = 132 + 12 * len(content) + len(data)
+        table += struct.pack(">4sII", tag, start, len(value))
+        data += value + bytes(-len(value) % 4)
+    body = struct.pack(">I", len(content)) + table + data
+    header = struct.pack(
+        ">I4xI4s4s4s12x4s28x3i48x",
+        128 + len(body),
+        0x02100000,
+        b"mntr",
+        b"RGB ",
+        b"XYZ ",
+        b"acsp",
+        63190,
+        65536,
+        54061,
+    )
+    return header + body
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_colours_of_a_profile_become_srgb(tmp_path, mode):
+    colour = (200, 100, 50, 255)[: len(mode)]
+    Image.new(mode, (8, 8), colour).save(tmp_path / "p3.png", icc_profile=display_p3())
+    Image.new(mode, (8, 8), colour).save(tmp_path / "bad.png", icc_profile=b"no profile")
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.new(mode, (8, 8), colour).save(tmp_path / "srgb.png", icc_profile=srgb)
+    read = {p.stem: common.read_image(p, 8, 3)[:, 0, 0].tolist() for p in tmp_path.iterdir()}
+    assert read["bad"] == read["srgb"] == [200, 100, 50]
+    red, green, blue = read["p3"]  # the same numbers are a stronger orange in Display P3
+    assert red > 205 and green < 99 and blue < 40
+
+
+def test_a_file_that_may_not_be_read_is_not_to_be_deleted(tmp_path, monkeypatch):
+    write_folders(tmp_path, "train/a")
+    monkeypatch.setattr(
+        Image, "open", mock.Mock(side_effect=PermissionError(13, "Permission denied"))
+    )
+    text = refusal("MNIST", tmp_path)
+    assert text == "[Errno 13] Permission denied"
 
 
 @pytest.mark.parametrize("error", [IndexError(), struct.error("x"), OSError("a\nb")])

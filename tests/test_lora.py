@@ -1,6 +1,7 @@
 """extras/lora.py on small networks of all four scripts: python -m pytest -q tests/test_lora.py"""
 
 import hashlib
+import math
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -92,7 +93,7 @@ def test_training_leaves_the_weights_alone(script):
     same = output(script, model)  # B is 0, though other kernels may add in another order
     torch.testing.assert_close(same, drawn, rtol=0, atol=1e-6)
     args = Namespace(data_dir="typed", steps=3)
-    learnt = lora.train(script, model, alphas_cumprod, len(NAMES), args)
+    learnt = lora.train(script, model, alphas_cumprod, state, args)
     assert (output(script, model) - drawn).abs().max() > 1e-4
     adapted = model.state_dict()
     for name, weight in before.items():
@@ -123,7 +124,7 @@ def test_learns_as_by_hand(script):
         weights = dict(before)
         for layer, (a, b) in learnt.items():
             weight = before[f"{layer}.weight"]
-            weights[f"{layer}.weight"] = weight + (b @ a).view_as(weight)
+            weights[f"{layer}.weight"] = weight + 8 / 2 * (b @ a).view_as(weight)
         return torch.func.functional_call(model, weights, (x, t, y))
 
     train_set, _, _ = load_data(script.DATA, "typed", script.SIZE, script.CHANNELS)
@@ -198,7 +199,7 @@ def test_the_form_of_an_adapter(script):
         b = torch.randn(len(weight), 3).half()
         adapter["weights"][f"{layer}.parametrizations.weight.0.0.weight"] = a
         adapter["weights"][f"{layer}.parametrizations.weight.0.1.weight"] = b
-        expected[f"{layer}.weight"] = weight + (b.float() @ a.float()).view_as(weight)
+        expected[f"{layer}.weight"] = weight + 8 / 3 * (b.float() @ a.float()).view_as(weight)
     torch.save(adapter, "old.lora.pt")
     adapt("--adapter", "old.lora.pt")
     _, after = load(script, "new.pt")
@@ -228,6 +229,8 @@ ERRORS = [
     ("--adapter other.lora.pt", "was learnt with the weights of another checkpoint"),
     ("--adapter other.pt", "other.pt is not an adapter"),
     ("--adapter none.pt", "none.pt is not an adapter"),
+    ("--adapter nan.pt", "nan.pt is damaged, or of another network"),
+    ("--adapter key.pt", "key.pt is damaged, or of another network"),
     ("--adapter text.pt", "text.pt is not an adapter"),
     ("--data-dir none", "--data-dir none: put images into none/train/<class>/"),
     ("--data-dir typed/train", "put images into typed/train/train/<class>/"),
@@ -248,6 +251,13 @@ def test_errors_are_one_line(flags, message):
         lora.main(["other.pt", "--rank=2", "--steps=1", "--out=other.new"])
         Path("other.new.lora.pt").rename("other.lora.pt")
     save(ddim, "base.pt")
+    if "nan.pt" in flags or "key.pt" in flags:
+        adapt("--steps", "1", "--out", "good.pt")
+        adapter = torch.load("good.lora.pt", weights_only=True)
+        (name, weight), *_ = adapter["weights"].items()
+        torch.save({**adapter, "weights": {name + "s": weight}}, "key.pt")
+        weight[0, 0] = math.nan
+        torch.save(adapter, "nan.pt")
     before = Path("base.pt").read_bytes()
     Path("text.pt").write_text("no tensors")
     Path("empty/train/a").mkdir(parents=True)
@@ -299,15 +309,23 @@ def test_beside_what_is_read():
     assert Path("new.lora.pt").read_bytes() == adapter
 
 
-def test_progress_and_loss(monkeypatch, capsys):
-    numbers = iter(range(1, 101))
+@pytest.mark.parametrize("last", [1, 2])
+def test_progress_and_loss(monkeypatch, capsys, last):
+    """The last loss is that of the first step's images: 1 before the training."""
+    numbers = iter([*range(1, 101), last])
 
     def loss(model, *_):
         return 0 * model.weight.sum() + next(numbers)
 
     script = Namespace(NAME="any", DATA="MNIST", SIZE=28, CHANNELS=1, T=1000, loss=loss)
     monkeypatch.setattr("common.time.monotonic", iter(range(0, 10**6, 3)).__next__)
-    lora.train(script, nn.Linear(1, 1), None, 10, Namespace(data_dir="typed", steps=100))
+    state = {"config": {"class_names": NAMES}}
+    args = Namespace(data_dir="typed", steps=100)
+    if last == 1:
+        lora.train(script, nn.Linear(1, 1), None, state, args)
+    else:
+        with pytest.raises(SystemExit, match="nothing was learnt"):
+            lora.train(script, nn.Linear(1, 1), None, state, args)
     lines = capsys.readouterr().out.splitlines()
     assert "1 of 100 steps, 5 min left" in lines
     losses = [line for line in lines if " loss " in line]

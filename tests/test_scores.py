@@ -138,7 +138,9 @@ def test_fid_of_a_folder(data, fidelity, capsys, progress):
     assert [*dict.fromkeys(progress)] == [
         f"{i} of 40 images seen by Inception" for i in range(1, 41)
     ]
-    assert capsys.readouterr().out.splitlines() == [
+    classes, *lines = capsys.readouterr().out.splitlines()
+    assert classes.startswith("classes: {0: '0', 1: '1', ")
+    assert lines == [
         "20 images against 20 for training; drawn before: its sampler, steps, guidance and seed "
         "are yours to tell",
         "papers draw 50000: with fewer, FID is higher",
@@ -148,20 +150,32 @@ def test_fid_of_a_folder(data, fidelity, capsys, progress):
     ]
 
 
+def is_paper(images):
+    """Whether blank digits are shown as ddim_unet_mnist sees them, on any paper of its eight."""
+    palette = ddim.PALETTE.mul(127.5).add(127.5).round().byte().flatten(1).tolist()
+    return {tuple(image[:, 0, 0].tolist()) for image in images} <= {*map(tuple, palette)}
+
+
 def test_fid_takes_grey_images_for_digits(tmp_path, fidelity, monkeypatch):
     asked = []
 
     def load_data(name, data_dir, size, channels):
         asked.append((name, data_dir, size, channels))
-        return (torch.zeros(5, 3, size, size), None), None, None
+        return (torch.zeros(5, 3, size, size), torch.zeros(5, dtype=int)), None, None
 
     monkeypatch.setattr(fid, "load_data", load_data)
     for i in range(10):
         Image.new("L", (28, 28), 20 * i).save(tmp_path / f"{i:06d}.png")
     fid.main([str(tmp_path), "--data-dir", "here"])
+    assert not fidelity.images[1].any()
     Image.new("RGB", (28, 28), (9, 9, 8)).save(tmp_path / "000000.png")
     fid.main([str(tmp_path), "--data-dir", "here"])
-    assert asked == [("MNIST", "here", 28, 3), ("CIFAR10", "here", 28, 3)]
+    assert is_paper(fidelity.images[1])
+    for path in tmp_path.iterdir():
+        Image.new("RGB", (32, 32), (9, 9, 8)).save(path)
+    fid.main([str(tmp_path), "--data-dir", "here"])
+    assert asked == 2 * [("MNIST", "here", 28, 3)] + [("CIFAR10", "here", 32, 3)]
+    assert not fidelity.images[1].any()
 
 
 def test_fid_of_a_checkpoint(fidelity, monkeypatch, capsys):
@@ -170,7 +184,9 @@ def test_fid_of_a_checkpoint(fidelity, monkeypatch, capsys):
 
     def load_data(name, data_dir, size, channels):
         asked.append((name, size, channels))
-        return (torch.zeros(2000, 3, size, size, dtype=torch.uint8), None), None, None
+        labels = torch.zeros(2000, dtype=torch.int64)
+        images = torch.zeros(2000, 3, size, size, dtype=torch.uint8)
+        return (images, labels), None, [*"0123456789"]
 
     def run(command):
         asked.append(command)
@@ -190,10 +206,14 @@ def test_fid_of_a_checkpoint(fidelity, monkeypatch, capsys):
     drawn, real = fidelity.images
     assert drawn[:, 0, 0, 0].tolist() == [20 * i for i in range(12)]
     assert len(real) == 2000
+    assert is_paper(real)  # in colour, as the network has seen them
     assert fidelity.options["kid_subset_size"] == 12
     settings = "sampler ddim, steps 20, guidance 3.0, prompt ['red 7'], seed 3"
     first = f"12 images against 2000 for training; {ddim.NAME}, step 20000, averaged weights (EMA)"
-    assert capsys.readouterr().out.splitlines()[0] == f"{first}, {settings}"
+    others, line, *_ = capsys.readouterr().out.splitlines()
+    assert others.startswith("the classes of the data are ['0', '1', ")
+    assert others.endswith(f"those of the checkpoint {ddim.load(DDIM)[1]['config']['class_names']}")
+    assert line == f"{first}, {settings}"
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     fid.main([DDIM, "-n", "12"])
@@ -254,7 +274,7 @@ def test_clip_score_of_an_oracle(data, tmp_path, capsys, progress):
     assert progress == [
         f"{n} of {total} images seen by CLIP" for n, total in ((10, 10), (64, 100), (100, 100))
     ]
-    first, second, third = capsys.readouterr().out.splitlines()
+    _, first, second, third = capsys.readouterr().out.splitlines()
     assert first == "100 images, ViT-B-32-quickgelu openai, captions like 'one 0 or 0'"
     assert second == f"drawn: {own:.2f} own caption, {others:.2f} others, 90.0% nearest to own"
     assert third.startswith("real: ")
@@ -382,3 +402,9 @@ def test_a_missing_package_is_named(program, name, data, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(SystemExit, match="pip install "):
         program.main([str(data / "drawn"), "--data-dir", str(data)])
+
+
+def test_captions_have_to_differ(data):
+    argv = [str(data / "drawn"), "--data-dir", str(data), "--caption", "a photo 7"]
+    with pytest.raises(SystemExit, match="the same for two classes"):
+        clip_score.main(argv, (Oracle(), tokenize, preprocess))
