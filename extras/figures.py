@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from tools import HOME, read_folder
+from tools import DEVICE, HOME, load, read_folder
 
 from common import Progress, load_data
 
@@ -57,6 +57,26 @@ def forward_and_reverse(args):
     reverse = torch.stack([on_the_way[t] for t in TIMES])
     columns = torch.cat([forward, reverse], dim=1)  # (times, 8, 1, 28, 28)
     return ddpm.picture(columns.flatten(0, 1), rows=8).save
+
+
+def restored(args):
+    import restore
+
+    dit, model, _, alphas_cumprod = load(HOME / "checkpoints/dit_cifar10.pt")
+    _, test_set, names = load_data(dit.DATA, args.data_dir, dit.SIZE, dit.CHANNELS, DEVICE)
+    images, labels = test_set
+    y = torch.arange(len(names), device=DEVICE)
+    first = torch.stack([torch.where(labels == k)[0][0] for k in y])
+    whole = images[first] / 127.5 - 1
+    rows = [whole]
+    for task in ("inpaint - --mask 12 8 30 28", "upscale", "colour"):
+        flags = restore.make_parser().parse_args(task.split())
+        damage, repair = restore.find_damage(dit, flags)
+        known = damage(whole)
+        rows.append(repair(known))
+        rows.append(restore.answer(dit, model, alphas_cumprod, flags, known, y))
+    picture = dit.picture(torch.stack(rows, dim=1).flatten(0, 1), len(rows))
+    return picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST).save
 
 
 def prompts(args):
@@ -151,6 +171,10 @@ def main(argv=None):
     text = "real digits turn into noise, noise into samples"
     add = add_figure("forward-and-reverse", forward_and_reverse, text)
     add("--data-dir", default="data", help="with MNIST (%(default)s)")
+
+    text = "the first test image of each class: damaged and restored, three times"
+    add = add_figure("restored", restored, text)
+    add("--data-dir", default="data", help="with CIFAR-10 (%(default)s)")
 
     add = add_figure("prompts", prompts, "a table of prompts and of digits drawn for them")
     add("--ckpt", nargs="+", default=[HOME / "checkpoints/ddim_unet_mnist.pt"])

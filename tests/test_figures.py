@@ -10,6 +10,7 @@ import pytest
 import speed
 import torch
 import torch.nn.functional as F
+from conftest import random_images
 from PIL import Image
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
@@ -263,6 +264,35 @@ def test_curves_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(SystemExit, match="pip install matplotlib"):
         figures.main(f"curves {LOGS}".split())
+
+
+def test_restored(tmp_path, monkeypatch):
+    """The first test image of each class, a column each: whole, and damaged and restored thrice."""
+    images = random_images(20, 32, 32, 3)
+    for i, image in enumerate(images):
+        for part in ("train", "test"):
+            folder = tmp_path / "data" / part / str(i // 2)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.numpy()).save(folder / f"{i % 2}.png")
+    asked = []
+
+    def answer(script, model, alphas_cumprod, args, known, y):
+        asked.append((args.task, y.tolist()))
+        return torch.full((10, 3, 32, 32), len(asked) / 4)
+
+    monkeypatch.setattr("restore.answer", answer)
+    figures.main(f"restored --data-dir {tmp_path}/data --out {tmp_path}/x.png".split())
+    assert asked == [(task, [*range(10)]) for task in ("inpaint", "upscale", "colour")]
+    with Image.open(tmp_path / "x.png") as picture:
+        small = picture.resize((340, 7 * 34), Image.Resampling.NEAREST)
+    tiles = torch.tensor([*small.convert("RGB").tobytes()]).view(7, 34, 10, 34, 3)[:, 1:33, :, 1:33]
+    whole, hole, filled, means, larger, grey, coloured = tiles.permute(0, 2, 1, 3, 4)
+    assert torch.equal(whole, images[::2].long())
+    assert (hole[:, 8:28, 12:30] == 128).all() and torch.equal(hole[:, :8], whole[:, :8])
+    assert (means[:, :4, :4] == means[:, :1, :1]).all()
+    assert (grey == grey[..., :1]).all()
+    for k, answers in enumerate((filled, larger, coloured)):
+        assert (answers == int(127.5 * (k + 1) / 4 + 128)).all()
 
 
 @pytest.mark.parametrize("what", ["unet", "transformer"])
