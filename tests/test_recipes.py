@@ -1,0 +1,81 @@
+"""Every patch in docs/recipes.md applies, trains two steps and draws an image."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, random_images
+from PIL import Image
+
+RECIPES = re.findall(
+    r"^## (.*?)\n(.*?)(?=^## |\Z)", (ROOT / "docs/recipes.md").read_text(), re.MULTILINE | re.DOTALL
+)
+
+
+def patch(text, folder):
+    """Apply the hunks of a diff block, which have no line numbers, to the files of the folder."""
+    for name, hunks in re.findall(r"^--- (\S+)\n(.*?)(?=^--- |\Z)", text, re.MULTILINE | re.DOTALL):
+        path = folder / name
+        code = path.read_text()
+        for hunk in hunks.split("@@\n")[1:]:
+            lines = [line or " " for line in hunk.splitlines()]
+            assert {line[0] for line in lines} <= set(" +-")
+            old = "".join(f"{line[1:]}\n" for line in lines if line[0] != "+")
+            new = "".join(f"{line[1:]}\n" for line in lines if line[0] != "-")
+            assert code.count(old) == 1, f"{name} has this {code.count(old)} times:\n{old}"
+            code = code.replace(old, new)
+        path.write_text(code)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The scripts, and images of two classes, in one channel as in three."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / "data" / part / name).mkdir(parents=True)
+            for i, image in enumerate(random_images(4, 32, 32, 3)):
+                Image.fromarray(image.numpy()).save(tmp_path / "data" / part / name / f"{i}.png")
+    latents = {"images": torch.randn(4, 4, 32, 32) / 2, "labels": torch.tensor([0, 0, 1, 1])}
+    torch.save({**latents, "class_names": ["cat", "dog"]}, tmp_path / "data" / "latents.pt")
+    return tmp_path
+
+
+def run(command, folder):
+    done = subprocess.run(
+        [sys.executable, *command.split()], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+CPU = "--device cpu --no-compile --dtype float32 --data-dir data"
+TINY = {
+    "ddpm_unet_mnist": "--dim 16",
+    "ddim_unet_mnist": "--dim 16",
+    "dit_cifar10": "--dim 16 --depth 2 --heads 2 --patch 8",
+    "uvit_cifar10": "--dim 16 --depth 2 --heads 2 --patch 8",
+}
+
+
+@pytest.mark.parametrize(("title", "text"), RECIPES, ids=[title for title, _ in RECIPES])
+def test_recipe(title, text, folder):
+    (diff,) = re.findall(r"^```diff\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    patch(diff, folder)
+    script = re.search(r"^--- (\w+_\w+)\.py", diff, re.MULTILINE)[1]
+    command = f"{script}.py {TINY[script]} --batch-size 4 --max-steps 2 -n 1 --run-dir run {CPU}"
+    run(command, folder)
+    state = torch.load(folder / "run" / "ckpt.pt", weights_only=True)
+    assert state["step"] == 2
+    assert state["log"][-1]["loss"] > 0
+    shutil.copy(folder / "data" / "test" / "cat" / "0.png", folder / "photo.png")
+    flags = re.search(r"`(--(?:sampler|numbers|image) .*?)`", text)
+    run(
+        f"{script}.py --run-dir run -n 2 --out x.png --steps 3 {CPU} {flags[1] if flags else ''}",
+        folder,
+    )
+    with Image.open(folder / "x.png") as image:
+        assert image.width > image.height > 24
