@@ -25,6 +25,7 @@ import time
 import zipfile
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -1191,6 +1192,38 @@ def test_one_process_of_two(monkeypatch):
     _, (row,) = load("run")
     assert row["images_per_s"] == str(round(2 * 8 / 10))
     assert row["images"] == "16"
+
+
+def test_the_seed_decides_the_first_weights(script):
+    for run, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(script, run, 1, f"--seed {seed} --lr 1e-12")
+    a, b, c = [load(run)[0]["model"] for run in "abc"]
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    for name, weight in a.items():
+        if weight.numel() > 1 and weight.std() > 0.01:  # no constants, as norms have them
+            assert (weight - c[name]).abs().max() > 0.01, name
+
+
+def test_drawing_is_not_training(script, monkeypatch):
+    """By a clock on which a step takes 2 s, and drawing the samples 100."""
+    clock = SimpleNamespace(now=0.0)
+    clock.perf_counter = lambda: clock.now
+    learning_rate = script.learning_rate
+
+    def step(*args):
+        clock.now += 2
+        return learning_rate(*args)
+
+    def draw(*args):
+        clock.now += 100
+
+    monkeypatch.setattr(script, "time", clock)
+    monkeypatch.setattr(script, "learning_rate", step)
+    monkeypatch.setattr(script, "draw", draw)
+    train(script, "run", 3, "--sample-every 1")
+    _, rows = load("run")
+    assert [row["images_per_s"] for row in rows] == ["4", "4", "4"]
+    assert [row["seconds"] for row in rows] == ["2", "4", "6"]
 
 
 def test_full_disk(monkeypatch):
