@@ -1194,6 +1194,23 @@ def test_one_process_of_two(monkeypatch):
     assert row["images"] == "16"
 
 
+def test_a_run_that_moves_takes_the_defaults_of_the_machine(script):
+    """Its own flags come with it, but not where and how to compute."""
+    train(script, "run", 1)
+    path = Path("run/ckpt.pt")
+    state = torch.load(path, weights_only=True)
+    there = {"run_dir": "there", "device": "cuda", "dtype": "bfloat16", "compile": True}
+    there["micro_batch"] = 3
+    state["config"] |= there | {"lr": 0.123}
+    torch.save(state, path)
+    here = parse(script, CPU + "--run-dir run --resume")
+    with mock.patch.object(sys, "argv", ["script.py", "--resume"]):
+        resumed, _ = script.resume(script.make_parser(), here, path)
+    assert resumed.lr == 0.123
+    for name in there:
+        assert vars(resumed)[name] == vars(here)[name] != there[name]
+
+
 def test_the_seed_decides_the_first_weights(script):
     for run, seed in (("a", 0), ("b", 0), ("c", 1)):
         train(script, run, 1, f"--seed {seed} --lr 1e-12")
