@@ -1211,6 +1211,37 @@ def test_a_run_that_moves_takes_the_defaults_of_the_machine(script):
         assert vars(resumed)[name] == vars(here)[name] != there[name]
 
 
+def test_training_and_drawing_show_their_progress(script, monkeypatch):
+    """In parts of a step and of a drawing, which add up."""
+    shown = {}
+
+    class Recorder:
+        def __init__(self, total, what):
+            self.parts = shown[what] = [total]
+
+        def add(self, n):
+            self.parts.append(n)
+
+    train(script, "run", 1)
+    monkeypatch.setattr(common, "Progress", Recorder)
+    run_script(script, "--run-dir run --resume --max-steps 3 --micro-batch 3 -n 4 --steps 2")
+    total, *parts = shown["steps"]
+    assert total == 2  # of those that are left
+    assert parts == 2 * [3 / 8, 3 / 8, 2 / 8]
+    total, *parts = shown["images"]
+    assert total == sum(parts) == 4
+    assert len(parts) == 2 * 2
+
+
+def test_with_more_processes_a_signal_ends_them(script, monkeypatch):
+    """One that goes on would leave the others waiting for it."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    monkeypatch.setattr(script, "WORLD", 2)
+    script.on_signals(mock.Mock())
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
 def test_the_seed_decides_the_first_weights(script):
     for run, seed in (("a", 0), ("b", 0), ("c", 1)):
         train(script, run, 1, f"--seed {seed} --lr 1e-12")

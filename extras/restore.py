@@ -5,9 +5,9 @@
     python extras/restore.py colour grey.png --class ship -n 8
     python extras/restore.py vary photo.png --class cat --strength 0.6
 
-Nothing is trained for it. The samplers ask denoise(x_t, t) for the clean image, and what is known
-of it is written into the answer each time (Wang et al. 2022, 2212.00490). `vary` walks back from
-the image with noise on it, as SDEdit does (Meng et al. 2021, 2108.01073).
+It needs no training. The samplers ask denoise(x_t, t) for the clean image, and what is known of it
+is written into the answer each time (Wang et al. 2022, 2212.00490). `vary` starts from the image
+with noise on it, as SDEdit does (Meng et al. 2021, 2108.01073).
 """
 
 import argparse
@@ -16,14 +16,14 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from tools import DEVICE, HOME, as_trained, load
+from tools import DEVICE, HOME, as_trained, compare_classes, load
 
 from common import Progress, load_data, noises, read_image
 from dit_cifar10 import ddim_sample
 
 SHIPPED = str(HOME / "checkpoints" / "dit_cifar10.pt")
 
-# ---- The method: damage(x) is what is known of an image x, and damage(repair(known)) is known
+# ---- The method: damage(x) is what is known of an image x; repair(known) is one image that fits it
 
 
 def inpainting(mask):
@@ -74,16 +74,16 @@ def restore(denoise, x, alphas_cumprod, known, damage, repair, **options):
         return fit(denoise(x_t, t), known, damage, repair)
 
     images = ddim_sample(fitted, x, alphas_cumprod, **options)
-    for _ in range(100):  # neither beyond black and white nor beside what is known
+    for _ in range(100):  # in turn, until it is in [-1, 1] and fits what is known
         images = fit(images.clamp(-1, 1), known, damage, repair)
     return images.clamp(-1, 1)
 
 
-def vary(denoise, noise, alphas_cumprod, image, strength, **options):
-    """Images (B, C, H, W) that begin as the image (1, C, H, W) with noise of time strength * T."""
+def vary(denoise, noise, alphas_cumprod, images, strength, **options):
+    """Images (B, C, H, W) that begin as these images with noise of time strength * T."""
     end = max(1, round(strength * len(alphas_cumprod)))
     a = alphas_cumprod[end - 1]
-    x_t = a.sqrt() * image + (1 - a).sqrt() * noise
+    x_t = a.sqrt() * images + (1 - a).sqrt() * noise
     options["steps"] = min(options["steps"], end)
     return ddim_sample(denoise, x_t, alphas_cumprod[:end], **options)
 
@@ -153,14 +153,12 @@ def find_y(script, state, args):
 def answer(script, model, alphas_cumprod, args, known, y):
     """An image (N, C, H, W) for each of known (N, ..), by a network that is told y (N, ..) or None.
 
-    Image i is a function of --seed, i, what is known of it and what is told.
+    Image i depends on --seed, i, known[i] and y[i] alone.
     """
     damage, repair = find_damage(script, args)
     usual = script.make_parser().parse_args([])
-    guidance = {}
-    if y is not None:
-        guidance["guidance"] = args.guidance
-    if y is not None and "guidance_interval" in usual:
+    guidance = {} if y is None else {"guidance": args.guidance}
+    if guidance and "guidance_interval" in usual:
         guidance["interval"] = usual.guidance_interval
     progress = Progress(len(known), "images")
 
@@ -187,12 +185,13 @@ def answer(script, model, alphas_cumprod, args, known, y):
         return torch.cat([draw(part) for part in parts])
 
 
-def try_on_test_set(script, model, alphas_cumprod, args):
-    """Damage test images, as many of each class, restore them, compare, and write both."""
+def try_on_test_set(script, model, state, alphas_cumprod, args):
+    """Damage the first test images of each class, restore them, compare, and write both."""
     if args.task == "vary" or not args.out.endswith("/"):
         sys.exit("without an image, test images are restored into a folder, --out x/")
     shape = (script.SIZE, script.CHANNELS)
-    _, test_set, class_names = load_data(script.DATA, args.data_dir, *shape, DEVICE)
+    _, test_set, class_names = load_data(script.DATA, args.data_dir, *shape)
+    compare_classes(state, class_names)
     if not test_set:
         sys.exit(f"--data-dir {args.data_dir}: there is no test set")
     images, labels = test_set
@@ -201,10 +200,11 @@ def try_on_test_set(script, model, alphas_cumprod, args):
     chosen = torch.cat(chosen)[: args.n]
     labels = labels[chosen]
     images, y = as_trained(script, images[chosen], labels)
-    whole = images / 127.5 - 1
+    whole = images.to(DEVICE) / 127.5 - 1
     damage, repair = find_damage(script, args)
     known = damage(whole)
-    told = None if args.unconditional else y
+    is_told = script.NAME != "ddpm_unet_mnist" and not args.unconditional
+    told = y.to(DEVICE) if is_told else None
     restored = answer(script, model, alphas_cumprod, args, known, told)
     for name, found in (("damaged", repair(known)), ("restored", restored)):
         errors = (found - whole).square().mean(dim=(1, 2, 3)) / 4  # of a range of 1
@@ -221,7 +221,7 @@ def make_parser():
     add = parser.add_argument
     add("task", choices=["inpaint", "upscale", "colour", "vary"])
     add("image", nargs="?", help="a file of any size. Without it, n test images are tried")
-    add("--mask", nargs="+", help="a file that is white in the hole, or: left top right bottom")
+    add("--mask", nargs="+", help="a file, white in the hole, or left top right bottom, in pixels")
     add("--scale", type=int, default=4, help="upscale by so much (%(default)s)")
     add("--strength", type=float, default=0.6, help="vary from this t / T (%(default)s)")
     add("--ckpt", default=SHIPPED, help="of any of the scripts (%(default)s)")
@@ -234,7 +234,7 @@ def make_parser():
     add("--seed", type=int, default=0, help="of the noise (%(default)s)")
     add("--out", default="restored.png", help="x.png: what is known, and answers; x/: a file each")
     add("--data-dir", default="data", help="of the test images (%(default)s)")
-    add("--unconditional", action="store_true", help="do not tell what they show")
+    add("--unconditional", action="store_true", help="do not tell what test images show")
     return parser
 
 
@@ -247,11 +247,11 @@ def main(argv=None):
     if min(args.n, args.steps, args.scale) < 1 or args.steps > 1000:
         sys.exit("-n, --steps and --scale must be 1 at least, and --steps 1000 at most")
     if not 0 < args.strength <= 1 or not 0 <= args.eta <= 1:
-        sys.exit("--strength and --eta must be from 0 to 1")
+        sys.exit("--strength must be above 0 and 1 at most, --eta from 0 to 1")
     script, model, state, alphas_cumprod = load(args.ckpt)
     y = find_y(script, state, args)
     if args.image is None:
-        try_on_test_set(script, model, alphas_cumprod, args)
+        try_on_test_set(script, model, state, alphas_cumprod, args)
         return
 
     damage, repair = find_damage(script, args)

@@ -241,6 +241,16 @@ def test_on_the_first_test_images_of_each_class(test_set, capsys, monkeypatch):
     assert (pixels("x/damaged/000003-1.png") - (127.5 * damaged[3] + 127.5)).abs().max() <= 1
 
 
+@pytest.mark.parametrize("name", ["ddpm_unet_mnist", "ddim_unet_mnist"])
+def test_on_test_digits(test_set, capsys, name):
+    """Of which one network is told nothing, and one what a caption says."""
+    run(f"upscale -n 10 --out x/ --ckpt {ROOT}/checkpoints/{name}.pt")
+    assert len(list(Path("x/restored").iterdir())) == 10
+    printed = capsys.readouterr().out
+    assert "restored: PSNR " in printed
+    assert "those of the checkpoint ['0 - zero', " in printed
+
+
 ERRORS = [
     ("inpaint photo.png", "inpaint wants a --mask"),
     ("colour photo.png --mask 1 2 3 4", "inpaint wants a --mask, and nothing else does"),
@@ -253,7 +263,7 @@ ERRORS = [
     ("colour photo.png --prompt 7", "takes no prompt"),
     ("colour photo.png --out x.jpg", "--out x.jpg must end in .png or /"),
     ("colour photo.png --steps 0", "must be 1 at least"),
-    ("vary photo.png --strength 0", "--strength and --eta must be from 0 to 1"),
+    ("vary photo.png --strength 0", "--strength must be above 0"),
     ("vary --out x/", "without an image, test images are restored"),
     ("colour", "without an image, test images are restored into a folder"),
     (f"colour photo.png --ckpt {ROOT}/checkpoints/ddpm_unet_mnist.pt", "draws in grey"),
