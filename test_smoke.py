@@ -1242,6 +1242,35 @@ def test_with_more_processes_a_signal_ends_them(script, monkeypatch):
     assert [signal.getsignal(number) for number in numbers] == before
 
 
+MACHINES = [  # a GPU, its own bfloat16, that of the CPU; --device, --dtype, --compile
+    (False, False, None, "cpu", "float32", False),  # an old PyTorch does not know
+    (False, False, False, "cpu", "float32", False),
+    (False, False, True, "cpu", "bfloat16", False),
+    (True, True, False, "cuda", "bfloat16", True),
+    (True, False, True, "cuda", "float32", True),
+]
+
+
+@pytest.mark.parametrize(("cuda", "of_cuda", "of_cpu", "device", "dtype", "compiles"), MACHINES)
+def test_defaults_follow_the_machine(
+    script, monkeypatch, cuda, of_cuda, of_cpu, device, dtype, compiles
+):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: of_cuda or including_emulation
+    )
+    if of_cpu is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        capabilities = {"avx512_bf16": of_cpu}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    args = script.make_parser().parse_args([])
+    assert (args.device, args.dtype, args.compile) == (device, dtype, compiles)
+    on_cpu = 16 if script in TRANSFORMERS else 128
+    assert args.micro_batch == (1024 if cuda else on_cpu)
+
+
 def test_the_seed_decides_the_first_weights(script):
     for run, seed in (("a", 0), ("b", 0), ("c", 1)):
         train(script, run, 1, f"--seed {seed} --lr 1e-12")
