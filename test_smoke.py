@@ -680,6 +680,9 @@ def test_dark_digits_on_light_paper_are_ink_all_the_same():
     assert caption(-THICK, 7, U) == caption(THICK, 7, U)
     images = [ddim.illustrate(x, torch.tensor([7]), torch.tensor([U]))[0] for x in (THICK, -THICK)]
     torch.testing.assert_close(*images)
+    spot = THICK.clone()
+    spot[..., 0, 0] = -0.8  # does not turn the rest
+    assert caption(spot, 7, U) == caption(THICK, 7, U)
 
 
 def test_images_are_painted_as_the_caption_says():
