@@ -71,6 +71,7 @@ def new_folder(tmp_path, monkeypatch):
     for split in ("train", "test"):
         write_folders("data", *[f"{split}/{name}" for name in "abcdefgh"])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" has it ignored
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, random_images
 from PIL import Image
+from test_data import write_mnist
 
 RECIPES = re.findall(
     r"^## (.*?)\n(.*?)(?=^## |\Z)", (ROOT / "docs/recipes.md").read_text(), re.MULTILINE | re.DOTALL
@@ -40,6 +41,7 @@ def folder(tmp_path):
             (tmp_path / "data" / part / name).mkdir(parents=True)
             for i, image in enumerate(random_images(4, 32, 32, 3)):
                 Image.fromarray(image.numpy()).save(tmp_path / "data" / part / name / f"{i}.png")
+    shutil.copy(tmp_path / "data" / "test" / "cat" / "0.png", tmp_path / "photo.png")
     latents = {"images": torch.randn(4, 4, 32, 32) / 2, "labels": torch.tensor([0, 0, 1, 1])}
     torch.save({**latents, "class_names": ["cat", "dog"]}, tmp_path / "data" / "latents.pt")
     return tmp_path
@@ -65,13 +67,15 @@ TINY = {
 def test_recipe(title, text, folder):
     (diff,) = re.findall(r"^```diff\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     patch(diff, folder)
+    if title == "FashionMNIST":
+        shutil.rmtree(folder / "data")
+        write_mnist(folder / "data").parent.rename(folder / "data" / title)
     script = re.search(r"^--- (\w+_\w+)\.py", diff, re.MULTILINE)[1]
     command = f"{script}.py {TINY[script]} --batch-size 4 --max-steps 2 -n 1 --run-dir run {CPU}"
     run(command, folder)
     state = torch.load(folder / "run" / "ckpt.pt", weights_only=True)
     assert state["step"] == 2
     assert state["log"][-1]["loss"] > 0
-    shutil.copy(folder / "data" / "test" / "cat" / "0.png", folder / "photo.png")
     draw = re.search(r"`(--sample-only[^`]*)`", text)
     draw = draw[1] if draw else "--sample-only"
     run(f"{script}.py {draw} --run-dir run -n 2 --steps 3 --out x.png {CPU}", folder)
