@@ -304,6 +304,12 @@ def test_classes_come_in_the_order_of_numbers(tmp_path):
     assert [names[k] for k in images[:, 0, 0, 0]] == [classes[k] for k in labels]
 
 
+def test_many_classes_are_not_listed(tmp_path, capsys):
+    write_folders(tmp_path, *[f"train/{k}" for k in range(100)])
+    common.load_data("MNIST", tmp_path, 28, 1)
+    assert "classes" not in capsys.readouterr().out
+
+
 def test_links_are_followed_but_not_in_circles(tmp_path):
     write_folders(tmp_path, "train/a", "elsewhere", "train/@eaDir/a")
     (tmp_path / "train" / "a" / "loop").symlink_to(tmp_path / "train")
