@@ -339,6 +339,19 @@ def test_eta_scales_the_noise_of_a_step(eta):
     torch.testing.assert_close(x_next, expected)
 
 
+def test_dpm_solver_starts_where_nothing_but_noise_is_left():
+    """At lambda = -5.1, or at T - 1, where Ho's schedule still has more of the image."""
+    asked = []
+
+    def denoise(x, t):
+        asked.append(t)
+        return x
+
+    dit.dpm_solver_sample(denoise, torch.zeros(1, 1), COSINE, 2)
+    dit.dpm_solver_sample(denoise, torch.zeros(1, 1), LINEAR, 2)
+    assert asked == [(COSINE.logit() / 2 + 5.1).abs().argmin(), 0, 999, 0]
+
+
 def test_dpm_solver_is_second_order():
     """A quarter of the error as the steps double, though one is three times as long as the next."""
     errors = []
