@@ -651,6 +651,19 @@ def resume(parser, args, path):
     return args, state
 
 
+def read_prompts(args, class_names):
+    """The tokens of each --prompt. Without any, of all digits; of the empty one for --invert."""
+    prompts = args.prompt
+    if prompts is None and args.invert:
+        prompts = [""]
+    elif prompts is None:
+        prompts = [str(k) for k in range(len(class_names))]
+    try:
+        return [tokenize(prompt) for prompt in prompts]
+    except ValueError as error:
+        sys.exit(f"--prompt: {error}")
+
+
 def main():
     parser = make_parser()
     args = parser.parse_args()
@@ -676,13 +689,7 @@ def main():
         shipped = Path(__file__).with_name("checkpoints") / f"{NAME}.pt"
         path = args.ckpt or (own if own.exists() else shipped)
         model, state = load(path)
-        prompts = [str(k) for k in range(len(state["config"]["class_names"]))]
-        if args.prompt or args.invert:
-            prompts = args.prompt or [""]
-        try:
-            y = [tokenize(prompt) for prompt in prompts]
-        except ValueError as error:
-            sys.exit(f"--prompt: {error}")
+        y = read_prompts(args, state["config"]["class_names"])
         print0(f"{path}: step {state['step']}")
         if args.invert is not None:
             invert(model.to(device), schedule(device), args, y, out)
@@ -692,9 +699,8 @@ def main():
     else:
         if args.resume and not own.exists():
             sys.exit(f"--resume: there is no {own}")
-        with FileLock(
-            own.with_name(f"lock{RANK}"), timeout=0
-        ):  # makes the folder; only one run may be in it
+        # makes the folder of the run, in which only one may be
+        with FileLock(own.with_name(f"lock{RANK}"), timeout=0):
             state = None
             if own.exists():
                 args, state = resume(parser, args, own)

@@ -586,9 +586,8 @@ def main():
     else:
         if args.resume and not own.exists():
             sys.exit(f"--resume: there is no {own}")
-        with FileLock(
-            own.with_name(f"lock{RANK}"), timeout=0
-        ):  # makes the folder; only one run may be in it
+        # makes the folder of the run, in which only one may be
+        with FileLock(own.with_name(f"lock{RANK}"), timeout=0):
             state = None
             if own.exists():
                 args, state = resume(parser, args, own)

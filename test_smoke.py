@@ -1301,7 +1301,7 @@ def test_the_seed_decides_the_first_weights(script):
 def test_drawing_is_not_training(script, monkeypatch):
     """By a clock on which a step takes 2 s, and drawing the samples 100."""
     clock = SimpleNamespace(now=0.0)
-    clock.perf_counter = lambda: clock.now
+    timer = SimpleNamespace(perf_counter=lambda: clock.now)
     learning_rate = script.learning_rate
 
     def step(*args):
@@ -1311,7 +1311,7 @@ def test_drawing_is_not_training(script, monkeypatch):
     def draw(*args):
         clock.now += 100
 
-    monkeypatch.setattr(script, "time", clock)
+    monkeypatch.setattr(script, "time", timer)
     monkeypatch.setattr(script, "learning_rate", step)
     monkeypatch.setattr(script, "draw", draw)
     train(script, "run", 3, "--sample-every 1")
