@@ -1,0 +1,298 @@
+"""Tests of extras/distill.py: on Gaussian data, where each leap is known, and on small networks."""
+
+import copy
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import distill
+import pytest
+import tools
+import torch
+from conftest import ROOT, write_folders
+from PIL import Image
+from test_lora import NAMES, NETWORKS, save
+from torch import nn
+
+import ddim_unet_mnist as ddim
+import dit_cifar10 as dit
+from common import cosine_schedule
+
+MEAN, STD = 0.2, 0.1
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(distill, "DEVICE", "cpu")
+    monkeypatch.setattr(tools, "DEVICE", "cpu")
+
+
+@pytest.fixture(params=NETWORKS, ids=lambda script: script.NAME)
+def script(request):
+    return request.param
+
+
+def run(line):
+    distill.main(line.split())
+
+
+def arguments(flags=""):
+    return distill.make_parser().parse_args(f"teacher.pt {flags}".split())
+
+
+def with_ends(alphas_cumprod):
+    """alpha-bar at each time, and the clean image's at index -1."""
+    return torch.cat([alphas_cumprod, torch.ones(1)])
+
+
+def ddim_step(x_t, x0, a, a_next):
+    """Song et al. 2020 (2010.02502), eq. 12."""
+    eps = (x_t - a.sqrt() * x0) / (1 - a).sqrt()
+    return a_next.sqrt() * x0 + (1 - a_next).sqrt() * eps
+
+
+# ---- The goal
+
+
+@pytest.mark.parametrize("end", [-1, 0, 400])
+def test_one_step_lands_where_two_do(end):
+    """Whatever the two networks say, and for an end that is the clean image, too."""
+    alpha_bar = with_ends(cosine_schedule())
+    t = torch.tensor([401, 450, 700, 998])
+    t_next = torch.tensor([max(end, 0), 420, 699, 500])
+    t_end = torch.full_like(t, end)
+    x_t = torch.randn(4, 3, 2, 2, generator=torch.manual_seed(0))
+    seen = {}
+
+    def walk(x, t):
+        seen["walk"] = x, t
+        return (3 * x).sin()
+
+    def leap(x, t):
+        seen["leap"] = x, t
+        return (2 * x + 1).cos() * t[:, None, None, None] / 500
+
+    goal = distill.find_goal(walk, leap, x_t, t, t_next, t_end, alpha_bar)
+    a, a_next, a_end = [alpha_bar[k][:, None, None, None] for k in (t, t_next, t_end)]
+    x_next = ddim_step(x_t, walk(x_t, t), a, a_next)
+    torch.testing.assert_close(seen["leap"][0], x_next)
+    assert torch.equal(seen["leap"][1], t_next)
+    landed = ddim_step(x_next, leap(x_next, t_next), a_next, a_end)
+    landed[t_next == t_end] = x_next[t_next == t_end]
+    torch.testing.assert_close(ddim_step(x_t, goal, a, a_end), landed, atol=1e-4, rtol=1e-4)
+
+
+def test_a_step_to_the_end_is_the_teachers():
+    alpha_bar = with_ends(cosine_schedule())
+    t = torch.tensor([0, 30, 600])
+    x_t = torch.randn(3, 3, 2, 2)
+    for t_end in (torch.tensor([-1, -1, -1]), torch.tensor([-1, 29, 500])):
+        times = t, t_end, t_end
+        goal = distill.find_goal(lambda x, t: x / 2, lambda x, t: x * 99, x_t, *times, alpha_bar)
+        torch.testing.assert_close(goal, x_t / 2)
+
+
+def test_on_gaussian_data_leaps_make_a_leap():
+    """With x0 that land on the curve of the ODE in each of two steps, the goal does so in one."""
+    alpha_bar = with_ends(cosine_schedule())
+
+    def along_the_curve(x_t, t, t_next):
+        a, a_next = alpha_bar[t][:, None], alpha_bar[t_next][:, None]
+        spread = (a * STD**2 + 1 - a).sqrt()
+        spread_next = (a_next * STD**2 + 1 - a_next).sqrt()
+        return a_next.sqrt() * MEAN + (x_t - a.sqrt() * MEAN) / spread * spread_next
+
+    def x0_for(x_t, t, t_next):
+        a, a_next = alpha_bar[t][:, None], alpha_bar[t_next][:, None]
+        ratio = ((1 - a_next) / (1 - a)).sqrt()
+        landed = along_the_curve(x_t, t, t_next)
+        return (landed - ratio * x_t) / (a_next.sqrt() - ratio * a.sqrt())
+
+    t, t_next, t_end = torch.tensor([[900, 700, 400], [800, 500, 300], [499, 499, -1]])
+    x_t = torch.randn(3, 1)
+
+    def flat(x0):
+        return lambda x, t: x0(x.flatten(1), t)[:, :, None, None]
+
+    goal = distill.find_goal(
+        flat(lambda x, t: x0_for(x, t, t_next)),
+        flat(lambda x, t: x0_for(x, t, t_end)),
+        x_t[:, :, None, None],
+        t,
+        t_next,
+        t_end,
+        alpha_bar,
+    )
+    torch.testing.assert_close(goal.flatten(1), x0_for(x_t, t, t_end), atol=1e-4, rtol=1e-4)
+
+
+# ---- The training
+
+
+class Table(nn.Module):
+    """v = weight x_t + bias, both a table of the times: on Gaussian data, all that is needed."""
+
+    def __init__(self, alphas_cumprod):
+        super().__init__()
+        a = alphas_cumprod
+        share = a.sqrt() * STD**2 / (a * STD**2 + 1 - a)  # of x_t - sqrt(a) mean in x0
+        self.weight = nn.Parameter((a.sqrt() - share) / (1 - a).sqrt())
+        self.bias = nn.Parameter((share * a.sqrt() - 1) * MEAN / (1 - a).sqrt())
+
+    def forward(self, x_t, t, y=None):
+        shape = (-1, 1, 1, 1)
+        return self.weight[t].view(shape) * x_t + self.bias[t].view(shape)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_student_on_gaussian_data(steps):
+    """It draws in few steps of DDIM, from any noise, what its teacher draws in one at each time."""
+    T = 24
+    alphas_cumprod = cosine_schedule(T)
+    teacher = Table(alphas_cumprod)
+    draws = MEAN + STD * torch.randn(500, 3, 2, 2, generator=torch.manual_seed(0))
+    images = (draws * 127.5 + 127.5).round().clamp(0, 255).byte()
+    train_set = (images, torch.zeros(500, dtype=torch.int64))
+    args = arguments(f"--steps {steps} --updates 900 --lr 0.01 --batch-size 256")
+    before = copy.deepcopy(teacher.state_dict())
+    student = distill.train(dit, teacher, alphas_cumprod, train_set, args)
+    assert all(torch.equal(before[name], w) for name, w in teacher.state_dict().items())
+
+    noise = torch.randn(200, 3, 2, 2)
+    found = []
+    with torch.no_grad():
+        for model, few in ((teacher, T), (teacher, steps), (student, steps)):
+            denoise = dit.denoiser(model, alphas_cumprod)
+            found.append(dit.ddim_sample(denoise, noise, alphas_cumprod, few))
+    goal, leapt, learnt = found
+    assert (leapt - goal).square().mean() > 1e-4
+    assert (learnt - goal).square().mean() < 5e-3 * (leapt - goal).square().mean()
+    assert abs(learnt.mean() - MEAN) < 0.01
+
+
+def test_guided():
+    """Each row as the script's denoiser has it: guided inside of the interval, and not outside."""
+    torch.manual_seed(0)
+    network, shape, _ = NETWORKS[dit]
+    model = network(**shape)
+    for weight in model.parameters():
+        nn.init.normal_(weight, std=0.2)
+    alphas_cumprod = dit.schedule()
+    t = torch.tensor([0, 199, 200, 500, 800, 801, 999])
+    x_t = torch.randn(7, 3, 32, 32)
+    y = torch.arange(7)
+    for interval in ((0.2, 0.8), (0.8, 0.2), (0, 1)):
+        teacher = distill.guided(model, 2.5, interval, 1000)
+        with torch.no_grad():
+            found = dit.denoiser(teacher, alphas_cumprod, y)(x_t, t)
+            for i, time in enumerate(t.tolist()):
+                expected = dit.denoiser(model, alphas_cumprod, y[[i]], 2.5, interval)
+                torch.testing.assert_close(found[[i]], expected(x_t[[i]], time), atol=1e-4, rtol=0)
+
+
+class Watched(nn.Module):
+    """A network that remembers what it is shown at the cleanest times."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(()))
+        self.seen = []
+
+    def forward(self, x_t, t, y=None):
+        if y is not None and not torch.is_grad_enabled():
+            self.seen.append((x_t, t, y))
+        return self.scale * x_t
+
+    def __deepcopy__(self, memo):
+        return Watched()
+
+
+def test_it_sees_what_its_script_shows():
+    """Photos and their mirror images, with their classes; digits in colours, with captions."""
+    almost_clean = torch.linspace(1 - 1e-6, 1 - 1e-5, 1000)
+    args = arguments("--updates 2 --batch-size 16")
+    photo = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    photo[..., 16:] = 255
+    teacher = Watched()
+    teacher.nothing = None
+    Watched.nothing = None
+    distill.train(dit, teacher, almost_clean, (photo, torch.tensor([7])), args)
+    del Watched.nothing
+    shown = torch.cat([x_t for x_t, _, _ in teacher.seen])
+    is_flipped = shown[:, 0, 0, 0] > 0
+    assert 4 < is_flipped.sum() < len(shown) - 4
+    assert all((y == 7).all() for _, _, y in teacher.seen)
+
+    digit = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
+    digit[..., 10:18, 10:18] = 255
+    teacher = Watched()
+    distill.train(ddim, teacher, almost_clean, (digit, torch.tensor([7])), args)
+    x_t, _, y = teacher.seen[0]
+    assert x_t.shape[1:] == (3, 28, 28)
+    assert y.shape == (16, ddim.LENGTH)
+    assert (x_t.std(dim=(0, 2, 3)) > 0.1).all()
+
+
+# ---- The program
+
+
+def write_data():
+    write_folders(Path("data/train"), *NAMES)
+    write_folders(Path("data/test"), *NAMES)
+
+
+def test_of_each_script(script, capsys):
+    """A checkpoint that the script draws from, by the command that is printed."""
+    write_data()
+    save(script, "teacher.pt")
+    run("teacher.pt --updates 2 --batch-size 4 --steps 3 --out new/fast.pt")
+    (command,) = re.findall(r"^python (.*)$", capsys.readouterr().out, re.MULTILINE)
+    model, state = script.load("new/fast.pt")
+    teacher, old = script.load("teacher.pt")
+    assert state["config"] == old["config"]
+    assert state["step"] == 7
+    pairs = list(zip(model.parameters(), teacher.parameters(), strict=True))
+    assert any((weight - before).abs().max() > 1e-5 for weight, before in pairs)
+    assert all((weight - before).abs().max() < 2e-3 for weight, before in pairs)
+    assert ("--guidance 1" in command) == (script.NAME != "ddpm_unet_mnist")
+    line = [sys.executable, *command.split(), "-n", "2", "--out", "x.png"]
+    subprocess.run([line[0], str(ROOT / line[1]), *line[2:]], check=True, capture_output=True)
+    assert "--sampler ddim --steps 3" in command
+    assert Image.open("x.png").width > 28
+
+
+def test_guidance_is_learnt(monkeypatch):
+    """The teacher is guided by --guidance, in the interval that the script draws with."""
+    write_data()
+    save(dit, "teacher.pt")
+    asked = []
+
+    def guided(model, guidance, interval, T):
+        asked.append((guidance, tuple(interval), T))
+        return model
+
+    monkeypatch.setattr(distill, "guided", guided)
+    run("teacher.pt --updates 1 --batch-size 2 --guidance 1.5")
+    assert asked == [(1.5, (0.2, 0.8), 1000)]
+
+
+ERRORS = [
+    ("", "arguments are required: ckpt"),
+    ("none.pt", "none.pt is not a checkpoint"),
+    ("teacher.pt --steps 0", "must be 1 at least"),
+    ("teacher.pt --steps 501", "--steps 500 at most"),
+    ("teacher.pt --updates 0", "must be 1 at least"),
+    ("teacher.pt --out ./teacher.pt", "--out teacher.pt would overwrite the teacher"),
+    ("teacher.pt --data-dir two", "--data-dir two: 2 classes, the teacher has 10"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), ERRORS)
+def test_errors_are_one_line(line, message):
+    save(dit, "teacher.pt")
+    write_folders(Path("two/train"), "a", "b")
+    with pytest.raises(SystemExit, match=re.escape(message)) as error:
+        run(line)
+    assert "\n" not in error.value.code
