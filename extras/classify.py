@@ -27,38 +27,38 @@ class Residual(ops.Conv2dNormActivation):
         return x + super().forward(x)
 
 
-def network(channels, classes):
-    """(B, C, H, W) in [-1, 1] -> logits; without its last layer, features (B, 256)."""
+def network(channels, classes, width=64):
+    """(B, C, H, W) in [-1, 1] -> logits; without its last layer, features (B, 4 * width)."""
     conv = ops.Conv2dNormActivation  # 3 x 3, batch norm, ReLU
     model = nn.Sequential(
         nn.Conv2d(channels, 8 * channels, 2, bias=False),
         nn.ReLU(),
-        conv(8 * channels, 64),
+        conv(8 * channels, width),
         nn.MaxPool2d(2),
-        Residual(64, 64),
-        conv(64, 128),
+        Residual(width, width),
+        conv(width, 2 * width),
         nn.MaxPool2d(2),
-        Residual(128, 128),
-        conv(128, 256),
+        Residual(2 * width, 2 * width),
+        conv(2 * width, 4 * width),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        nn.Linear(256, classes),
+        nn.Linear(4 * width, classes),
     )
     return model.to(DEVICE)
 
 
-def fit(images, labels, classes):
-    """A classifier of uint8 (N, C, H, W) by classes (N,), and features (M, 256) of some of them."""
+def fit(images, labels, classes, width=64, seed=0):
+    """A classifier of uint8 (N, C, H, W) by classes (N,), and features (M, D) of some of them."""
     print(f"training on {len(images)} images, in {STEPS} steps of {BATCH_SIZE}", flush=True)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     in_colour = images.shape[1] == 3
-    model = network(images.shape[1], classes)
+    model = network(images.shape[1], classes, width)
     optimizer = torch.optim.SGD(model.parameters(), 0.3, 0.9, weight_decay=5e-4, nesterov=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.3, STEPS, cycle_momentum=False)
     crop = transforms.RandomCrop(images.shape[-1], padding=2, padding_mode="reflect")
     progress = common.Progress(STEPS, "steps")
     for step in range(STEPS):
-        x, y, *_ = common.batch(images, labels, 1, BATCH_SIZE, seed=0, step=step)
+        x, y, *_ = common.batch(images, labels, 1, BATCH_SIZE, seed, step)
         if in_colour and step % 2:  # digits have no mirror image
             x = x.flip(-1)
         nn.functional.cross_entropy(model(crop(x)), y, label_smoothing=0.1).backward()
@@ -73,7 +73,7 @@ def fit(images, labels, classes):
 
 @torch.no_grad()
 def read(model, images):
-    """uint8 (N, C, H, W) -> features (N, 256), float64; in colour, both ways round and averaged."""
+    """uint8 (N, C, H, W) -> features (N, D), float64; in colour, both ways round and averaged."""
     views = images
     if images.shape[1] == 3:
         views = torch.cat([images, images.flip(-1)])
@@ -82,14 +82,14 @@ def read(model, images):
     for part in views.split(250):
         features.append(model[:-1](part / 127.5 - 1))
         progress.add(len(part))
-    return torch.cat(features).view(-1, len(images), 256).mean(dim=0).double()
+    return torch.cat(features).unflatten(0, (-1, len(images))).mean(dim=0).double()
 
 
 def load_judge(path, channels, classes):
     """(the classifier, features of its training images) from a file that get_judge has saved."""
-    model = network(channels, classes).eval()
     try:
         state = torch.load(path, DEVICE, weights_only=True)
+        model = network(channels, classes, width=len(state["model"]["4.0.weight"])).eval()
         model.load_state_dict(state["model"])
         features = state["train"]
     except Exception as error:  # of a dozen kinds, because a file can be damaged in many ways
@@ -97,12 +97,12 @@ def load_judge(path, channels, classes):
     return model, features
 
 
-def get_judge(path, images, labels, classes):
+def get_judge(path, images, labels, classes, width, seed):
     """The classifier in this file and its features; trained on these images where it is missing."""
     if path.exists():
         return load_judge(path, images.shape[1], classes)
     path.parent.mkdir(parents=True, exist_ok=True)  # before the training, which is long
-    model, features = fit(images, labels, classes)
+    model, features = fit(images, labels, classes, width, seed)
     torch.save({"model": model.state_dict(), "train": features}, path)
     return model, features
 
@@ -139,7 +139,7 @@ def frechet(x, y):
 
 
 def report(title, model, images, asked, reference, names):
-    """Print how far images (N, C, H, W) are from the reference, features (M, 256), and how they
+    """Print how far images (N, C, H, W) are from the reference, features (M, D), and how they
     are read; asked (N,) says as what they should be, or is None."""
     features = read(model, images)
     print(f"{title}: {len(images)} images, Frechet distance {frechet(features, reference):.3f}")
@@ -176,7 +176,7 @@ def examine(source, args, flags):
             sys.exit(f"{folder}: class {asked.max()} is none of the {len(names)} in the --data-dir")
 
     path = args.judge or Path(args.data_dir, f"judge_{name.lower()}.pt")
-    model, reference = get_judge(path, *train_set, len(names))
+    model, reference = get_judge(path, *train_set, len(names), args.width, args.seed)
     report(source, model, images, asked, reference, names)
     real, labels = test_set
     some = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[: len(images)]
@@ -197,6 +197,8 @@ def main(argv=None):
     add("-n", type=int, default=1000, help="to draw, with the flags that follow --")
     add("--data-dir", default="data", help="of the real images (%(default)s)")
     add("--judge", type=Path, help="the classifier (judge_*.pt in the --data-dir)")
+    add("--width", type=int, default=64, help="of one that is yet to be trained (%(default)s)")
+    add("--seed", type=int, default=0, help="of its training (%(default)s)")
     add("--cas", action="store_true", help="train another on the drawings alone")
     args = parser.parse_args(argv[:end])
     for source in args.sources:

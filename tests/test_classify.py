@@ -262,6 +262,20 @@ def test_as_many_real_ones_and_not_always_the_first(run, folder):
     assert again == out[out.index("some: ") :]
 
 
+def test_a_second_judge_of_another_shape(run, folder):
+    """With it, --width is for the training alone: a file that is there says how wide it is."""
+    out = run("right", "--judge", "narrow.pt", "--width", "8")
+    assert re.findall("asked: (.*?)%", out) == ["100.0", "100.0"]
+    first = torch.load(folder / "narrow.pt", weights_only=True)
+    assert first["train"].shape == (20, 32)
+    again = run("right", "--judge", "narrow.pt")
+    assert again == out[out.index("right: ") :]
+    run("right", "--judge", "other.pt", "--width", "8", "--seed", "1")
+    second = torch.load(folder / "other.pt", weights_only=True)
+    assert second["train"].shape == (20, 32)
+    assert (second["train"] - first["train"]).abs().mean() > 0.1
+
+
 def test_images_of_other_sizes_are_in_colour(run, folder):
     photos = folder / "photos"
     for k in range(2):
