@@ -1,13 +1,15 @@
-"""An image goes in: fill a hole, scale up, give a photo its colours, or vary it.
+"""An image goes in: fill a hole, scale up, give a photo its colours, take noise out, or vary it.
 
     python extras/restore.py inpaint photo.png --mask 12 8 30 28 --class ship  # or a mask's file
     python extras/restore.py upscale small.png --class ship
     python extras/restore.py colour grey.png --class ship -n 8
+    python extras/restore.py denoise noisy.png --noise 25
     python extras/restore.py vary photo.png --class cat --strength 0.6
 
 It needs no training. The samplers ask denoise(x_t, t) for the clean image, and what is known of it
-is written into the answer each time (Wang et al. 2022, 2212.00490). `vary` starts from the image
-with noise on it, as SDEdit does (Meng et al. 2021, 2108.01073).
+is written into the answer each time (Wang et al. 2022, 2212.00490). `denoise` starts from the
+image, because one with noise is what samplers pass on their way; `vary` adds the noise first, as
+SDEdit does (Meng et al. 2021, 2108.01073).
 """
 
 import argparse
@@ -79,13 +81,27 @@ def restore(denoise, x, alphas_cumprod, known, damage, repair, **options):
     return images.clamp(-1, 1)
 
 
+def remove_noise(denoise, images, alphas_cumprod, std, **options):
+    """Images (B, C, H, W) with Gaussian noise of this standard deviation -> clean ones.
+
+    In x_t / sqrt(a) the noise is sqrt((1 - a) / a), so, but for a scale, they are some x_t.
+    """
+    stds = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+    t = (stds - std).abs().argmin()
+    return go_on(denoise, alphas_cumprod[t].sqrt() * images, t, alphas_cumprod, **options)
+
+
 def vary(denoise, noise, alphas_cumprod, images, strength, **options):
     """Images (B, C, H, W) that begin as these images with noise of time strength * T."""
-    end = max(1, round(strength * len(alphas_cumprod)))
-    a = alphas_cumprod[end - 1]
+    t = max(1, round(strength * len(alphas_cumprod))) - 1
+    a = alphas_cumprod[t]
     x_t = a.sqrt() * images + (1 - a).sqrt() * noise
-    options["steps"] = min(options["steps"], end)
-    return ddim_sample(denoise, x_t, alphas_cumprod[:end], **options)
+    return go_on(denoise, x_t, t, alphas_cumprod, **options)
+
+
+def go_on(denoise, x_t, t, alphas_cumprod, steps, **options):
+    """From x_t (B, C, H, W) to images, in no more steps than there are times left."""
+    return ddim_sample(denoise, x_t, alphas_cumprod[: t + 1], min(steps, int(t) + 1), **options)
 
 
 # ---- The command line
@@ -115,7 +131,7 @@ def read_mask(words, size):
 
 
 def find_damage(script, args):
-    """The functions damage and repair of the task; those of `vary` change nothing."""
+    """The functions damage and repair of the task; those of `denoise` and `vary` change nothing."""
     if args.task == "inpaint":
         return inpainting(read_mask(args.mask, script.SIZE))
     if args.task == "upscale":
@@ -174,11 +190,14 @@ def answer(script, model, alphas_cumprod, args, known, y):
         def randn(x):
             return next(noise_stream)
 
+        images = known[part]
+        noise = randn(None)
         options = {"steps": args.steps, "eta": args.eta, "randn": randn}
+        if args.task == "denoise":
+            return remove_noise(watched, images, alphas_cumprod, args.noise / 127.5, **options)
         if args.task == "vary":
-            options["strength"] = args.strength
-            return vary(watched, randn(None), alphas_cumprod, known[part], **options)
-        return restore(watched, randn(None), alphas_cumprod, known[part], damage, repair, **options)
+            return vary(watched, noise, alphas_cumprod, images, args.strength, **options)
+        return restore(watched, noise, alphas_cumprod, images, damage, repair, **options)
 
     parts = torch.arange(len(known)).split(usual.micro_batch)
     with torch.autocast(DEVICE, torch.bfloat16, usual.dtype == "bfloat16"):
@@ -203,6 +222,9 @@ def try_on_test_set(script, model, state, alphas_cumprod, args):
     whole = images.to(DEVICE) / 127.5 - 1
     damage, repair = find_damage(script, args)
     known = damage(whole)
+    if args.task == "denoise":  # by the first noise of each image's stream, which it does not use
+        noise = next(noises(args.seed, range(len(whole)), whole.shape[1:], DEVICE))
+        known = whole + args.noise / 127.5 * noise
     is_told = script.NAME != "ddpm_unet_mnist" and not args.unconditional
     told = y.to(DEVICE) if is_told else None
     restored = answer(script, model, alphas_cumprod, args, known, told)
@@ -219,10 +241,16 @@ def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.error = sys.exit
     add = parser.add_argument
-    add("task", choices=["inpaint", "upscale", "colour", "vary"])
+    add("task", choices=["inpaint", "upscale", "colour", "denoise", "vary"])
     add("image", nargs="?", help="a file of any size. Without it, n test images are tried")
     add("--mask", nargs="+", help="a file, white in the hole, or left top right bottom, in pixels")
     add("--scale", type=int, default=4, help="upscale by so much (%(default)s)")
+    add(
+        "--noise",
+        type=float,
+        default=25,
+        help="to take out: its standard deviation, of 255 (%(default)s)",
+    )
     add("--strength", type=float, default=0.6, help="vary from this t / T (%(default)s)")
     add("--ckpt", default=SHIPPED, help="of any of the scripts (%(default)s)")
     add("--class", dest="class_name", help="what it shows, by name or number")
@@ -246,8 +274,8 @@ def main(argv=None):
         sys.exit(f"--out {args.out} must end in .png or /")
     if min(args.n, args.steps, args.scale) < 1 or args.steps > 1000:
         sys.exit("-n, --steps and --scale must be 1 at least, and --steps 1000 at most")
-    if not 0 < args.strength <= 1 or not 0 <= args.eta <= 1:
-        sys.exit("--strength must be above 0 and 1 at most, --eta from 0 to 1")
+    if not 0 < args.strength <= 1 or not 0 <= args.eta <= 1 or not args.noise > 0:
+        sys.exit("--strength must be above 0 and 1 at most, --eta from 0 to 1, --noise above 0")
     script, model, state, alphas_cumprod = load(args.ckpt)
     y = find_y(script, state, args)
     if args.image is None:

@@ -122,7 +122,41 @@ def test_vary_starts_from_the_image_with_noise(strength, t):
     assert [t for t, _ in seen] == sorted({t for t, _ in seen}, reverse=True)
 
 
+def test_a_noisy_image_is_on_the_way():
+    """It is scaled to the x_t that has as much noise, and the sampler goes on from there."""
+    t = 300
+    std = ((1 - COSINE[t]) / COSINE[t]).sqrt()
+    noisy = torch.randn(2, 3, 4, 4)
+    seen = []
+
+    def denoise(x_t, t):
+        seen.append((t, x_t))
+        return 0.5 * noisy
+
+    options = {"steps": 4, "eta": 0.0}
+    cleaned = restore.remove_noise(denoise, noisy, COSINE, std.item(), **options)
+    assert [t for t, _ in seen] == [300, 225, 149, 74]
+    torch.testing.assert_close(seen[0][1], COSINE[t].sqrt() * noisy)
+    torch.testing.assert_close(cleaned, 0.5 * noisy)
+    seen.clear()
+    restore.remove_noise(denoise, noisy, COSINE, 1e-4, **options)
+    assert [t for t, _ in seen] == [0]
+
+
 # ---- From the command line
+
+
+def test_noise_is_taken_out():
+    """Of a photo that is smooth; half of the noise that is there, and more where --noise is."""
+    clean = torch.linspace(40, 200, 32).expand(3, 32, 32)
+    noisy = clean + 30 * torch.randn(3, 32, 32, generator=torch.manual_seed(0))
+    Image.fromarray(noisy.clamp(0, 255).byte().permute(1, 2, 0).numpy()).save("noisy.png")
+    rough = []
+    for level in (5, 30):
+        run(f"denoise noisy.png --noise {level} --steps 8 -n 1 --out x/")
+        rough.append((pixels("x/000000.png") - clean).square().mean().sqrt())
+    assert rough[0] > 20
+    assert rough[1] < 15
 
 
 def test_answers_beside_what_is_known():
@@ -251,6 +285,25 @@ def test_on_test_digits(test_set, capsys, name):
     assert "those of the checkpoint ['0 - zero', " in printed
 
 
+def test_noise_on_test_images(test_set, capsys, monkeypatch):
+    """As much as --noise says, and none of it is used again on the way."""
+    used = []
+
+    def remove_noise(denoise, images, alphas_cumprod, std, steps, eta, randn):
+        used.append((images, std, randn(None)))
+        return images
+
+    monkeypatch.setattr(restore, "remove_noise", remove_noise)
+    run("denoise -n 10 --noise 51 --out x/")
+    assert "damaged: PSNR 13." in capsys.readouterr().out  # 20 log10(255 / 51) = 13.98
+    noisy, std, again = used[0]
+    assert std == pytest.approx(0.4)
+    noise = (noisy - (test_set[::3] / 127.5 - 1)) / std
+    assert abs(noise.std() - 1) < 0.02
+    assert abs((noise * again).mean()) < 0.02
+    assert abs(again.std() - 1) < 0.02
+
+
 ERRORS = [
     ("inpaint photo.png", "inpaint wants a --mask"),
     ("colour photo.png --mask 1 2 3 4", "inpaint wants a --mask, and nothing else does"),
@@ -264,6 +317,7 @@ ERRORS = [
     ("colour photo.png --out x.jpg", "--out x.jpg must end in .png or /"),
     ("colour photo.png --steps 0", "must be 1 at least"),
     ("vary photo.png --strength 0", "--strength must be above 0"),
+    ("denoise photo.png --noise 0", "--noise above 0"),
     ("vary --out x/", "without an image, test images are restored"),
     ("colour", "without an image, test images are restored into a folder"),
     (f"colour photo.png --ckpt {ROOT}/checkpoints/ddpm_unet_mnist.pt", "draws in grey"),
