@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from tools import DEVICE, load
-from torch import nn
 
 from common import Progress, batch, load_data
 
@@ -90,7 +89,6 @@ def train(script, teacher, alphas_cumprod, train_set, args):
         with autocast:
             loss = script.loss(student, goal, y, t, eps, alphas_cumprod)
         loss.backward()
-        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.param_groups[0]["lr"] = args.lr * (1 - update / args.updates)
         optimizer.step()
         optimizer.zero_grad()

@@ -284,7 +284,7 @@ ERRORS = [
     ("teacher.pt --steps 0", "must be 1 at least"),
     ("teacher.pt --steps 501", "--steps 500 at most"),
     ("teacher.pt --updates 0", "must be 1 at least"),
-    ("teacher.pt --out ./teacher.pt", "--out teacher.pt would overwrite the teacher"),
+    ("teacher.pt --out link.pt", "--out link.pt would overwrite the teacher"),
     ("teacher.pt --data-dir two", "--data-dir two: 2 classes, the teacher has 10"),
 ]
 
@@ -292,6 +292,7 @@ ERRORS = [
 @pytest.mark.parametrize(("line", "message"), ERRORS)
 def test_errors_are_one_line(line, message):
     save(dit, "teacher.pt")
+    Path("link.pt").symlink_to("teacher.pt")
     write_folders(Path("two/train"), "a", "b")
     with pytest.raises(SystemExit, match=re.escape(message)) as error:
         run(line)
