@@ -18,6 +18,7 @@ import sys
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tools import DEVICE, HOME, as_trained, compare_classes, load
 
 from common import Progress, load_data, noises, read_image
@@ -84,10 +85,11 @@ def restore(denoise, x, alphas_cumprod, known, damage, repair, **options):
 def remove_noise(denoise, images, alphas_cumprod, std, **options):
     """Images (B, C, H, W) with Gaussian noise of this standard deviation -> clean ones.
 
-    In x_t / sqrt(a) the noise is sqrt((1 - a) / a), so, but for a scale, they are some x_t.
+    x_t / sqrt(a) is an image with noise of sqrt((1 - a) / a). At the t where that is std, sqrt(a)
+    times these images is an x_t.
     """
     stds = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
-    t = (stds - std).abs().argmin()
+    t = int((stds - std).abs().argmin())
     return go_on(denoise, alphas_cumprod[t].sqrt() * images, t, alphas_cumprod, **options)
 
 
@@ -101,7 +103,7 @@ def vary(denoise, noise, alphas_cumprod, images, strength, **options):
 
 def go_on(denoise, x_t, t, alphas_cumprod, steps, **options):
     """From x_t (B, C, H, W) to images, in no more steps than there are times left."""
-    return ddim_sample(denoise, x_t, alphas_cumprod[: t + 1], min(steps, int(t) + 1), **options)
+    return ddim_sample(denoise, x_t, alphas_cumprod[: t + 1], min(steps, t + 1), **options)
 
 
 # ---- The command line
@@ -242,7 +244,7 @@ def make_parser():
     parser.error = sys.exit
     add = parser.add_argument
     add("task", choices=["inpaint", "upscale", "colour", "denoise", "vary"])
-    add("image", nargs="?", help="a file of any size. Without it, n test images are tried")
+    add("image", nargs="?", help="a file of any size, but for denoise. Without it, n test images")
     add("--mask", nargs="+", help="a file, white in the hole, or left top right bottom, in pixels")
     add("--scale", type=int, default=4, help="upscale by so much (%(default)s)")
     add(
@@ -287,6 +289,11 @@ def main(argv=None):
         known = read(args.image, script.SIZE // args.scale, script.CHANNELS)
     else:
         known = damage(read(args.image, script.SIZE, script.CHANNELS))
+    if args.task == "denoise":
+        with Image.open(args.image) as image:
+            size = image.size
+        if size != (script.SIZE, script.SIZE):  # scaling an image takes noise out of it
+            sys.exit(f"denoise: {args.image} is not of {script.SIZE} x {script.SIZE} pixels")
     copies = [0] * args.n
     y = None if y is None else y[copies]
     images = answer(script, model, alphas_cumprod, args, known[copies], y)

@@ -318,6 +318,7 @@ ERRORS = [
     ("colour photo.png --steps 0", "must be 1 at least"),
     ("vary photo.png --strength 0", "--strength must be above 0"),
     ("denoise photo.png --noise 0", "--noise above 0"),
+    ("denoise large.png", "denoise: large.png is not of 32 x 32 pixels"),
     ("vary --out x/", "without an image, test images are restored"),
     ("colour", "without an image, test images are restored into a folder"),
     (f"colour photo.png --ckpt {ROOT}/checkpoints/ddpm_unet_mnist.pt", "draws in grey"),
@@ -328,6 +329,7 @@ ERRORS = [
 
 @pytest.mark.parametrize(("flags", "message"), ERRORS)
 def test_errors_are_one_line(flags, message):
+    Image.new("L", (64, 64)).save("large.png")
     with pytest.raises(SystemExit) as end:
         run(flags)
     assert message in end.value.code
