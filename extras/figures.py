@@ -101,6 +101,28 @@ def prompts(args):
     return table.save
 
 
+def folders(args):
+    import dit_cifar10 as dit
+
+    font = ImageFont.load_default(14)
+    rows = []
+    for path in args.folders:
+        images, _ = read_folder(path)
+        row = dit.picture(images[: args.n] / 127.5 - 1)
+        rows.append(row.resize((2 * row.width, 2 * row.height), Image.Resampling.NEAREST))
+    names = [Path(path).name for path in args.folders]
+    left = round(max(map(font.getlength, names))) + 16
+    width = left + max(row.width for row in rows)
+    sheet = Image.new("RGB", (width, sum(row.height for row in rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    top = 0
+    for name, row in zip(names, rows, strict=True):
+        draw.text((left - 8, top + row.height / 2), name, "black", font, anchor="rm")
+        sheet.paste(row, (left, top))
+        top += row.height
+    return sheet.save
+
+
 def grids(args):
     if len(args.labels) != len(args.files):
         sys.exit(f"{len(args.files)} files need as many --labels, not {len(args.labels)}")
@@ -179,6 +201,10 @@ def main(argv=None):
     add = add_figure("prompts", prompts, "a table of prompts and of digits drawn for them")
     add("--ckpt", nargs="+", default=[HOME / "checkpoints/ddim_unet_mnist.pt"])
     add("prompts", nargs="*", default=PROMPTS, help="a row each (the README's)")
+
+    add = add_figure("folders", folders, "a row for each folder, with its name and first images")
+    add("folders", nargs="+", help="of PNG files, from top to bottom")
+    add("-n", type=int, default=10, help="images in a row (%(default)s)")
 
     add = add_figure("grids", grids, "pictures side by side, as the grids that a run has drawn")
     add("files", nargs="+", help="PNG files, from left to right")

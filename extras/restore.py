@@ -207,7 +207,7 @@ def answer(script, model, alphas_cumprod, args, known, y):
 
 
 def try_on_test_set(script, model, state, alphas_cumprod, args):
-    """Damage the first test images of each class, restore them, compare, and write both."""
+    """Damage the first test images of each class, restore them, compare, and write all three."""
     if args.task == "vary" or not args.out.endswith("/"):
         sys.exit("without an image, test images are restored into a folder, --out x/")
     shape = (script.SIZE, script.CHANNELS)
@@ -230,10 +230,11 @@ def try_on_test_set(script, model, state, alphas_cumprod, args):
     is_told = script.NAME != "ddpm_unet_mnist" and not args.unconditional
     told = y.to(DEVICE) if is_told else None
     restored = answer(script, model, alphas_cumprod, args, known, told)
-    for name, found in (("damaged", repair(known)), ("restored", restored)):
+    for name, found in (("whole", whole), ("damaged", repair(known)), ("restored", restored)):
         errors = (found - whole).square().mean(dim=(1, 2, 3)) / 4  # of a range of 1
         psnr = -10 * errors.clamp(min=1e-10).log10()
-        print(f"{name}: PSNR {psnr.mean():.2f} dB, the mean of {len(psnr)} images")
+        if name != "whole":
+            print(f"{name}: PSNR {psnr.mean():.2f} dB, the mean of {len(psnr)} images")
         os.makedirs(f"{args.out}{name}", exist_ok=True)
         for i, image in enumerate(found):
             script.picture(image[None]).save(f"{args.out}{name}/{i:06d}-{labels[i]}.png")

@@ -133,6 +133,31 @@ def test_prompts_of_four_checkpoints(monkeypatch):
             assert pixel.tolist() == [40 * (k + 1), 40 * i, 0]
 
 
+def test_folders():
+    """A row of images at twice their size, and to the left, ending at one column, the name."""
+    images = random_images(5, 8, 8, 3)
+    for name, count in (("whole", 5), ("four of eight", 4)):
+        Path(name).mkdir()
+        for i in range(count):
+            Image.fromarray(images[i].numpy()).save(f"{name}/{i:06d}-0.png")
+    figures.main(["folders", "whole", "four of eight", "-n", "3", "--out", "x.png"])
+    sheet = pixels_of("x.png")
+    left = sheet.shape[2] - 3 * 20
+    assert sheet.shape[1] == 2 * 20
+    assert 60 < left < 140
+    for top in (0, 20):
+        cells = sheet[:, top : top + 20 : 2, left::2].reshape(3, 10, 3, 10)[:, 1:9, :, 1:9]
+        shown = cells.permute(2, 1, 3, 0)
+        assert (shown.int() - images[:3].int()).abs().max() <= 1
+    ends = [find_ink(sheet[:, top : top + 20, :left])[0] for top in (0, 20)]
+    assert abs(ends[0][1] - ends[1][1]) <= 2 and left - 12 < ends[0][1] < left - 4
+    assert ends[0][0] > ends[1][0] + 20  # the shorter name begins later
+    figures.main(["folders", "four of eight", "whole", "--out", "all.png"])
+    sheet = pixels_of("all.png")
+    assert sheet.shape == (3, 40, left + 5 * 20)
+    assert (sheet[:, :20, -20:] == 255).all()
+
+
 def test_grids():
     """Pictures from left to right, 10 apart on white, and centred above each, its label."""
     sizes = [(60, 40), (100, 70), (80, 70)]
@@ -225,6 +250,7 @@ def test_curves_of_the_logs_that_are_here(more):
 
 ERRORS = [
     ("", "FIGURE"),
+    ("folders none", "none holds no PNG files"),
     ("grids x.png", "--labels"),
     ("grids x.png x.png --labels one", "2 files need as many --labels, not 1"),
     ("grids x.png x.csv --labels one two", "x.csv"),

@@ -272,6 +272,7 @@ def test_on_the_first_test_images_of_each_class(test_set, capsys, monkeypatch):
     assert told[-1] == (None, {})
     files = sorted(path.name for path in Path("x/restored").iterdir())
     assert files == [f"{i:06d}-{i // 2}.png" for i in range(20)]
+    assert (pixels("x/whole/000003-1.png") - test_set[4]).abs().max() <= 1
     assert (pixels("x/damaged/000003-1.png") - (127.5 * damaged[3] + 127.5)).abs().max() <= 1
 
 
