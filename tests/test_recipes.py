@@ -63,9 +63,13 @@ TINY = {
 }
 
 
+def find_diffs(text):
+    return re.findall(r"^```diff\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
 @pytest.mark.parametrize(("title", "text"), RECIPES, ids=[title for title, _ in RECIPES])
 def test_recipe(title, text, folder):
-    (diff,) = re.findall(r"^```diff\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    diff, *_ = find_diffs(text)
     patch(diff, folder)
     if title == "FashionMNIST":
         shutil.rmtree(folder / "data")
@@ -81,3 +85,25 @@ def test_recipe(title, text, folder):
     run(f"{script}.py {draw} --run-dir run -n 2 --steps 3 --out x.png {CPU}", folder)
     with Image.open(folder / "x.png") as image:
         assert image.width > image.height > 24
+
+
+def test_told_an_image_from_the_shipped_weights(folder):
+    """They are all there, and what it is told changes nothing before it has learnt to use it."""
+    for diff in find_diffs(dict(RECIPES)["Told an image: upscaling by training"]):
+        patch(diff, folder)
+    for name in "abcdefgh":  # ten classes, as the shipped weights know
+        for part in ("train", "test"):
+            shutil.copytree(folder / "data" / part / "cat", folder / "data" / part / name)
+    (folder / "checkpoints").mkdir()
+    shutil.copy(ROOT / "checkpoints" / "uvit_cifar10.pt", folder / "checkpoints")
+    script = folder / "uvit_cifar10.py"
+    script.write_text(script.read_text().replace("T, 256, seed", "T, 2, seed"))  # validated sooner
+    flags = "--batch-size 2 --max-steps 1 --lr 1e-9 -n 1 --steps 2 --run-dir run"
+    run(f"uvit_cifar10.py {flags} {CPU}", folder)
+    found = torch.load(folder / "run" / "ckpt.pt", weights_only=True)["ema"]
+    shipped = torch.load(ROOT / "checkpoints" / "uvit_cifar10.pt", weights_only=True)["ema"]
+    embed = found.pop("embed.weight")
+    torch.testing.assert_close(embed[:, :12], shipped.pop("embed.weight").float())
+    assert embed[:, 12:].abs().max() < 1e-6
+    for name, weight in shipped.items():
+        torch.testing.assert_close(found[name], weight.float())
