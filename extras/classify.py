@@ -89,9 +89,9 @@ def load_judge(path, channels, classes):
     """(the classifier, features of its training images) from a file that get_judge has saved."""
     try:
         state = torch.load(path, DEVICE, weights_only=True)
-        model = network(channels, classes, width=len(state["model"]["4.0.weight"])).eval()
-        model.load_state_dict(state["model"])
         features = state["train"]
+        model = network(channels, classes, width=features.shape[1] // 4).eval()
+        model.load_state_dict(state["model"])
     except Exception as error:  # of a dozen kinds, because a file can be damaged in many ways
         sys.exit(f"{path} is not a classifier of {classes} classes: {type(error).__name__}")
     return model, features

@@ -5,7 +5,7 @@
 
 With --steps 2, the times are cut into two parts. From any time, the student learns to reach the end
 of its part in one step of DDIM. A small step of the teacher, and then a step of the student to the
-end, say where that is: consistency distillation (Song et al. 2023, 2303.01469) in each part. The
+end, show where that is: consistency distillation (Song et al. 2023, 2303.01469) in each part. The
 teacher is guided, and the student learns that as well (Meng et al. 2022, 2210.03142). So draw with
 the command that is printed: other steps, and guidance once more, do not fit the student.
 """
@@ -42,8 +42,8 @@ def find_goal(walk, leap, x_t, t, t_next, t_end, alpha_bar):
     Of the two, one goes to t_next with x0 from walk(x_t, t), and one to t_end with x0 from
     leap(x_t, t). Times are int64 (B,), and alpha_bar (T + 1,) has the clean image's at index -1.
 
-    Divided by sqrt(1 - a_next), eq. 12 of 2010.02502 says that a step adds (k_next - k) x0, where k
-    is sqrt(a / (1 - a)). So what we look for is a weighted mean of the two x0.
+    With z = x_t / sqrt(1 - a) and k = sqrt(a / (1 - a)), a step of DDIM (2010.02502, eq. 12) is
+    z_next = z + (k_next - k) x0. So what we look for is a weighted mean of the two x0.
     """
     k = (alpha_bar / (1 - alpha_bar)).sqrt().clamp(max=1e12)  # infinite for the clean image
     share = (k[t_next] - k[t]) / (k[t_end] - k[t])
@@ -53,7 +53,7 @@ def find_goal(walk, leap, x_t, t, t_next, t_end, alpha_bar):
     x0 = walk(x_t, t)
     eps = (x_t - a.sqrt() * x0) / (1 - a).sqrt()
     x_next = a_next.sqrt() * x0 + (1 - a_next).sqrt() * eps
-    x0_next = leap(x_next, t_next.clamp(min=0))  # for -1 any, because its share is 0 there
+    x0_next = leap(x_next, t_next.clamp(min=0))  # not used where t_next is -1
     return share * x0 + (1 - share) * x0_next
 
 
@@ -78,7 +78,7 @@ def train(script, teacher, alphas_cumprod, train_set, args):
             x0, y = script.illustrate(x0, y, u)  # colours and captions
         elif script.DATA == "CIFAR10":  # mirrored, as in its training
             x0 = torch.where(u[:, 1, None, None, None] < 0.5, x0.flip(-1), x0)
-        # the teacher takes 8 steps to a part, in the last two thirds 16, and then 32
+        # the teacher takes 8 steps to a part; after a third of the updates 16, and later 32
         stride = T // args.steps // 2 ** (3 + 3 * update // args.updates)
         t_end = ends[torch.bucketize(t, ends) - 1]  # the last of them that is below t
         t_next = (t - max(stride, 1)).maximum(t_end)

@@ -7,9 +7,9 @@
     python extras/restore.py vary photo.png --class cat --strength 0.6
 
 It needs no training. The samplers ask denoise(x_t, t) for the clean image, and what is known of it
-is written into the answer each time (Wang et al. 2022, 2212.00490). `denoise` starts from the
-image, because one with noise is what samplers pass on their way; `vary` adds the noise first, as
-SDEdit does (Meng et al. 2021, 2108.01073).
+is written into the answer each time (Wang et al. 2022, 2212.00490). `denoise` starts midway, from
+the image, because samplers pass such noisy images; `vary` adds the noise itself, as SDEdit does
+(Meng et al. 2021, 2108.01073).
 """
 
 import argparse
@@ -193,7 +193,7 @@ def answer(script, model, alphas_cumprod, args, known, y):
             return next(noise_stream)
 
         images = known[part]
-        noise = randn(None)
+        noise = next(noise_stream)  # not for denoise: its test images have this noise already
         options = {"steps": args.steps, "eta": args.eta, "randn": randn}
         if args.task == "denoise":
             return remove_noise(watched, images, alphas_cumprod, args.noise / 127.5, **options)
@@ -224,7 +224,7 @@ def try_on_test_set(script, model, state, alphas_cumprod, args):
     whole = images.to(DEVICE) / 127.5 - 1
     damage, repair = find_damage(script, args)
     known = damage(whole)
-    if args.task == "denoise":  # by the first noise of each image's stream, which it does not use
+    if args.task == "denoise":  # with the noise that answer() leaves out
         noise = next(noises(args.seed, range(len(whole)), whole.shape[1:], DEVICE))
         known = whole + args.noise / 127.5 * noise
     is_told = script.NAME != "ddpm_unet_mnist" and not args.unconditional
@@ -245,7 +245,7 @@ def make_parser():
     parser.error = sys.exit
     add = parser.add_argument
     add("task", choices=["inpaint", "upscale", "colour", "denoise", "vary"])
-    add("image", nargs="?", help="a file of any size, but for denoise. Without it, n test images")
+    add("image", nargs="?", help="a file (for denoise, of the network's size); else n test images")
     add("--mask", nargs="+", help="a file, white in the hole, or left top right bottom, in pixels")
     add("--scale", type=int, default=4, help="upscale by so much (%(default)s)")
     add(

@@ -58,7 +58,8 @@ def folder(tmp_path_factory):
     (folder / "empty").mkdir()
     (folder / "single").mkdir()
     save_image(patterns[0], folder / "single/000000-0.png")
-    torch.save({"model": classify.network(1, 3).state_dict(), "train": None}, folder / "three.pt")
+    weights = classify.network(1, 3).state_dict()
+    torch.save({"model": weights, "train": torch.zeros(2, 256)}, folder / "three.pt")
     return folder
 
 
