@@ -16,7 +16,9 @@ from test_lora import NAMES, NETWORKS, save
 from torch import nn
 
 import ddim_unet_mnist as ddim
+import ddpm_unet_mnist as ddpm
 import dit_cifar10 as dit
+import uvit_cifar10 as uvit
 from common import cosine_schedule
 
 MEAN, STD, SHIFT = 0.2, 0.1, 0.3
@@ -29,7 +31,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(tools, "DEVICE", "cpu")
 
 
-@pytest.fixture(params=NETWORKS, ids=lambda script: script.NAME)
+@pytest.fixture(params=[ddim, dit, uvit], ids=lambda script: script.NAME)
 def script(request):
     return request.param
 
@@ -235,8 +237,7 @@ def test_of_each_script(script, capsys, monkeypatch):
     pairs = list(zip(model.parameters(), teacher.parameters(), strict=True))
     assert any((weight - before).abs().max() > 1e-5 for weight, before in pairs)
     assert all((weight - before).abs().max() < 2e-3 for weight, before in pairs)
-    assert ("--guidance 1" in command) == (script.NAME != "ddpm_unet_mnist")
-    assert "--sampler ddim --steps 3" in command
+    assert "--sampler ddim --steps 3 --guidance 1" in command
     assert command.startswith(f"{script.NAME}.py ")
     monkeypatch.setattr(sys, "argv", [*command.split(), "-n", "2", "--out", "x.png"])
     script.main()
@@ -261,6 +262,7 @@ def test_guidance_is_learnt(monkeypatch):
 ERRORS = [
     ("", "arguments are required: ckpt"),
     ("none.pt", "none.pt is not a checkpoint"),
+    ("digits.pt", "digits.pt: in few steps, x0 cannot be learnt"),
     ("teacher.pt --steps 0", "must be 1 at least"),
     ("teacher.pt --steps 501", "--steps 500 at most"),
     ("teacher.pt --updates 0", "must be 1 at least"),
@@ -277,6 +279,7 @@ ERRORS = [
 @pytest.mark.parametrize(("line", "message"), ERRORS)
 def test_errors_are_one_line(line, message):
     save(dit, "teacher.pt")
+    save(ddpm, "digits.pt")
     Path("link.pt").symlink_to("teacher.pt")
     Path("fast.pt").touch()
     write_folders(Path("two/train"), "a", "b")
