@@ -248,12 +248,7 @@ def make_parser():
     add("image", nargs="?", help="a file (for denoise, of the network's size); else n test images")
     add("--mask", nargs="+", help="a file, white in the hole, or left top right bottom, in pixels")
     add("--scale", type=int, default=4, help="upscale by so much (%(default)s)")
-    add(
-        "--noise",
-        type=float,
-        default=25,
-        help="to take out: its standard deviation, of 255 (%(default)s)",
-    )
+    add("--noise", type=float, default=25.0, help="its standard deviation, of 255 (%(default)s)")
     add("--strength", type=float, default=0.6, help="vary from this t / T (%(default)s)")
     add("--ckpt", default=SHIPPED, help="of any of the scripts (%(default)s)")
     add("--class", dest="class_name", help="what it shows, by name or number")
