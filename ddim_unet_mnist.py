@@ -138,9 +138,7 @@ def norm(channels):  # 16 channels a group: smaller groups take a CPU six times 
     return nn.GroupNorm(channels // 16, channels)
 
 
-def zero(
-    layer,
-):  # at first a block adds nothing to its shortcut, so that a deep stack trains easily
+def zero(layer):  # at first a block adds nothing to its shortcut, so that deep stacks train easily
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import math
 import subprocess
 import sys
 import tempfile
@@ -123,6 +124,46 @@ def folders(args):
     return sheet.save
 
 
+def nearest(images, real, k):
+    """The k of real (M, C, H, W) that are nearest to each of images (N, C, H, W), uint8.
+
+    Indices (N, k), and by how much their pixels differ (N, k), the root of the mean square.
+    """
+    real = real.to(DEVICE).flatten(1).float()
+    progress = Progress(len(images), "images compared")
+    distances, indices = [], []
+    for part in images.split(50):
+        found = torch.cdist(part.to(DEVICE).flatten(1).float(), real).topk(k, largest=False)
+        distances.append(found.values.cpu() / math.sqrt(real.shape[1]))
+        indices.append(found.indices.cpu())
+        progress.add(len(part))
+    return torch.cat(indices), torch.cat(distances)
+
+
+def neighbours(args):
+    from classify import ink
+
+    import dit_cifar10 as dit
+
+    drawn, _ = read_folder(args.folder)
+    size = drawn.shape[-1]
+    if size == 28:
+        drawn = ink(drawn)
+        (real, _), test_set, _ = load_data("MNIST", args.data_dir, size, 1)
+    else:
+        (real, _), test_set, _ = load_data("CIFAR10", args.data_dir, size, 3)
+        real = torch.cat([real, real.flip(-1)])  # training shows both
+    indices, distances = nearest(drawn, real, k=3)
+    print(f"{len(drawn)} drawings: {distances[:, 0].median():.1f} of 255 from the nearest (median)")
+    if test_set:
+        others = test_set[0][: len(drawn)]
+        _, usual = nearest(others, real, k=1)
+        print(f"{len(others)} test images: {usual.median():.1f}")
+    columns = torch.cat([drawn[:, None], real[indices]], dim=1)[: args.n]  # (n, 4, C, H, W)
+    picture = dit.picture(columns.flatten(0, 1) / 127.5 - 1, rows=4)
+    return picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST).save
+
+
 def grids(args):
     if len(args.labels) != len(args.files):
         sys.exit(f"{len(args.files)} files need as many --labels, not {len(args.labels)}")
@@ -205,6 +246,12 @@ def main(argv=None):
     add = add_figure("folders", folders, "a row for each folder, with its name and first images")
     add("folders", nargs="+", help="of PNG files, from top to bottom")
     add("-n", type=int, default=10, help="images in a row (%(default)s)")
+
+    text = "drawings, and below each the three training images that are nearest to it"
+    add = add_figure("neighbours", neighbours, text)
+    add("folder", help="of PNG files")
+    add("--data-dir", default="data", help="of the training images (%(default)s)")
+    add("-n", type=int, default=10, help="drawings to show (%(default)s)")
 
     add = add_figure("grids", grids, "pictures side by side, as the grids that a run has drawn")
     add("files", nargs="+", help="PNG files, from left to right")

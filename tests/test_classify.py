@@ -1,5 +1,6 @@
 """extras/classify.py on ten patterns for digits: python -m pytest -q tests/test_classify.py"""
 
+import argparse
 import re
 import subprocess
 import sys
@@ -178,6 +179,27 @@ def test_training_shows_colour_images_both_ways_round(channels, monkeypatch):
     assert seen == [False, channels == 3] * 2
     assert not model.training
     torch.testing.assert_close(features, classify.read(model, images.to(classify.DEVICE)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_is_in_the_dtype_of_the_scripts(dtype, monkeypatch):
+    parser = argparse.ArgumentParser()
+    parser.set_defaults(dtype=dtype)
+    monkeypatch.setattr(classify.dit_cifar10, "make_parser", lambda: parser)
+    monkeypatch.setattr(classify, "STEPS", 1)
+    network = classify.network
+    dtypes = []
+
+    def watched(*shape):
+        model = network(*shape)
+        model.register_forward_hook(lambda model, x, logits: dtypes.append(logits.dtype))
+        return model
+
+    monkeypatch.setattr(classify, "network", watched)
+    images = torch.zeros(6, 1, 8, 8, dtype=torch.uint8, device=classify.DEVICE)
+    model, _ = classify.fit(images, torch.arange(6, device=classify.DEVICE), 6)
+    assert dtypes == [getattr(torch, dtype)]
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
 
 
 def test_features_are_those_of_an_image_and_of_its_mirror_image(progress):

@@ -1,5 +1,6 @@
 """extras/figures.py and extras/speed.py, tiny: python -m pytest -q tests/test_figures.py"""
 
+import math
 import re
 import sys
 from functools import partial
@@ -156,6 +157,47 @@ def test_folders():
     sheet = pixels_of("all.png")
     assert sheet.shape == (3, 40, left + 5 * 20)
     assert (sheet[:, :20, -20:] == 255).all()
+
+
+@pytest.mark.parametrize("size", [28, 32])
+def test_neighbours(size, capsys):
+    """Drawings that are training images, mirrored and changed a little, come with these first."""
+    channels = {28: 1, 32: 3}[size]
+    real = random_images(70, size, size, channels)
+    real[:, [0, -1]] = 0  # a digit's paper
+    real[:, 5, 5] = 255
+    for i, image in enumerate(real.squeeze(-1).numpy()):
+        folder = Path("data", "test" if i >= 60 else "train", str(i % 2))
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{i:02d}.png")
+    order = [*range(0, 60, 2), *range(1, 60, 2)]  # as load_data finds them
+    drawn = real[order[:8]]
+    if channels == 3:
+        drawn = drawn.flip(2)
+    drawn[:, 9, 9:13] ^= 8
+    Path("drawn").mkdir()
+    for i, image in enumerate(drawn.squeeze(-1).numpy()):
+        Image.fromarray(image).save(f"drawn/{i:06d}.png")
+    figures.main(["neighbours", "drawn", "-n", "7", "--out", "x.png"])
+    said = capsys.readouterr().out.splitlines()[-2:]
+    by = math.sqrt(4 * 8**2) / size
+    assert said[0] == f"8 drawings: {by:.1f} of 255 from the nearest (median)"
+    ways = [real[order]]
+    if channels == 3:
+        ways.append(real[order].flip(2))
+    tests = real[[60, 62, 64, 66, 68, 61, 63, 65]].flatten(1).float()
+    usual = torch.cdist(tests, torch.cat(ways).flatten(1).float()).amin(dim=1).median()
+    assert said[1] == f"8 test images: {usual / math.sqrt(tests.shape[1]):.1f}"
+    frame = size + 2
+    cells = pixels_of("x.png")[:, ::2, ::2].reshape(3, 4, frame, 7, frame)[:, :, 1:-1, :, 1:-1]
+    shown = cells.permute(1, 3, 2, 4, 0)  # (4, 7, H, W, 3)
+    assert (shown[0].int() - drawn[:7].int()).abs().max() <= 1
+    expected = real[order[:7]]
+    if channels == 3:
+        expected = expected.flip(2)
+    assert (shown[1].int() - expected.int()).abs().max() <= 1
+    gaps = (shown[1:] - shown[0].float()).square().sum(dim=(2, 3, 4))
+    assert (gaps.diff(dim=0) > 0).all()  # from above to below, less and less alike
 
 
 def test_grids():
