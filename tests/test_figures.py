@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
+import common
 import ddim_unet_mnist as ddim
 import ddpm_unet_mnist as ddpm
 
@@ -160,7 +161,7 @@ def test_folders():
 
 
 @pytest.mark.parametrize("size", [28, 32])
-def test_neighbours(size, capsys):
+def test_neighbours(size, capsys, monkeypatch):
     """Drawings that are training images, mirrored and changed a little, come with these first."""
     channels = {28: 1, 32: 3}[size]
     real = random_images(70, size, size, channels)
@@ -175,10 +176,19 @@ def test_neighbours(size, capsys):
     if channels == 3:
         drawn = drawn.flip(2)
     drawn[:, 9, 9:13] ^= 8
+    drawn[7, 10] ^= 255  # one is further away
     Path("drawn").mkdir()
     for i, image in enumerate(drawn.squeeze(-1).numpy()):
         Image.fromarray(image).save(f"drawn/{i:06d}.png")
+    asked = []
+
+    def load_data(name, *more):
+        asked.append(name)
+        return common.load_data(name, *more)
+
+    monkeypatch.setattr(figures, "load_data", load_data)
     figures.main(["neighbours", "drawn", "-n", "7", "--out", "x.png"])
+    assert asked == [{28: "MNIST", 32: "CIFAR10"}[size]]
     said = capsys.readouterr().out.splitlines()[-2:]
     by = math.sqrt(4 * 8**2) / size
     assert said[0] == f"8 drawings: {by:.1f} of 255 from the nearest (median)"
