@@ -297,7 +297,11 @@ class Muon(torch.optim.Optimizer):
             grads = torch.stack([w.grad.reshape(len(w), -1) for w in ws])
             momenta = self.state[ws[0]].setdefault("momenta", torch.zeros_like(grads))
             momenta.lerp_(grads, 0.05)
-            x = F.normalize(grads.lerp(momenta, 0.95), dim=(1, 2))  # Nesterov's
+            x = grads.lerp(momenta, 0.95)  # Nesterov's
+            rows, columns = x.shape[1:]
+            if rows in (3 * columns, 6 * columns):  # several in one, such as q, k and v
+                x = x.reshape(-1, columns, columns)
+            x = F.normalize(x, dim=(1, 2))
             tall = x.shape[1] > x.shape[2]
             x = x.mT if tall else x
             for _ in range(5):  # Newton-Schulz steps, towards singular values that are all 1

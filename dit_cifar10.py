@@ -331,7 +331,11 @@ class Muon(torch.optim.Optimizer):
             grads = torch.stack([w.grad.reshape(len(w), -1) for w in ws])
             momenta = self.state[ws[0]].setdefault("momenta", torch.zeros_like(grads))
             momenta.lerp_(grads, 0.05)
-            x = F.normalize(grads.lerp(momenta, 0.95), dim=(1, 2))  # Nesterov's
+            x = grads.lerp(momenta, 0.95)  # Nesterov's
+            rows, columns = x.shape[1:]
+            if rows in (3 * columns, 6 * columns):  # several in one, such as q, k and v
+                x = x.reshape(-1, columns, columns)
+            x = F.normalize(x, dim=(1, 2))
             tall = x.shape[1] > x.shape[2]
             x = x.mT if tall else x
             for _ in range(5):  # Newton-Schulz steps, towards singular values that are all 1
@@ -344,10 +348,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, lr):
-    """Muon for the matrices of attention, MLP and skip, found by name; Adam for all the others."""
+    """Muon for the matrices inside the network, found by name; Adam for all the others."""
     weights = dict(model.named_parameters())
-    names = [n for n in weights if "attention" in n or "mlp" in n or "skip" in n]
-    matrices = [weights.pop(name) for name in names if weights[name].ndim == 2]
+    inside = ("attention", "mlp", "modulation", "skip")
+    names = [n for n, w in weights.items() if w.ndim == 2 and any(part in n for part in inside)]
+    matrices = [weights.pop(name) for name in names]
     adam = torch.optim.Adam(weights.values(), lr, fused=True)
     return {"optimizer": adam, "muon": Muon(matrices, {"lr": lr})}
 

@@ -635,6 +635,45 @@ def test_muon_is_that_of_pytorch(script):
             assert weight.flatten(1).dist(same) < 0.025 * same.norm()
 
 
+@pytest.mark.parametrize("script", [ddpm, dit])
+@pytest.mark.parametrize("parts", [3, 6])
+def test_muon_takes_q_k_and_v_apart(script, parts):
+    """And the six of adaLN. They are trained as if they were matrices of their own."""
+    whole = [torch.randn(parts * 8, 8) for _ in range(2)]
+    apart = [part.clone() for weight in whole for part in weight.chunk(parts)]
+    optimizers = [script.Muon(weights, {"lr": 0.01}) for weights in (whole, apart)]
+    for _ in range(3):
+        for weight in whole:
+            weight.grad = torch.randn_like(weight)
+        for part, grad in zip(apart, torch.cat([w.grad for w in whole]).split(8), strict=True):
+            part.grad = grad
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(torch.cat(whole), torch.cat(apart))
+
+
+@pytest.mark.parametrize("script", [dit, uvit])
+def test_muon_takes_the_matrices_inside(script):
+    """And Adam takes the vectors, and the matrices that meet pixels, times and classes."""
+    model = NETWORKS[script]()
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    optimizers = script.make_optimizers(model, 0.1)
+    taken = {}
+    for kind, optimizer in optimizers.items():
+        (group,) = optimizer.param_groups
+        assert group["lr"] == 0.1
+        taken[kind] = [names.pop(id(weight)) for weight in group["params"]]
+    assert not names  # each weight is taken, and once
+    weights = dict(model.named_parameters())
+    outside = {name.split(".")[0] for name in taken["optimizer"] if weights[name].ndim > 1}
+    expected = {
+        dit: {"embed", "time", "label", "head"},
+        uvit: {"embed", "label", "positions", "head", "smooth"},
+    }
+    assert outside == expected[script]
+    assert {weights[name].ndim for name in taken["muon"]} == {2}
+
+
 # ---- Captions
 
 
