@@ -154,11 +154,13 @@ def neighbours(args):
         (real, _), test_set, _ = load_data("CIFAR10", args.data_dir, size, 3)
         real = torch.cat([real, real.flip(-1)])  # training shows both
     indices, distances = nearest(drawn, real, k=3)
-    print(f"{len(drawn)} drawings: {distances[:, 0].median():.1f} of 255 from the nearest (median)")
+    ours = distances[:, 0]
+    print("how far from the nearest training image, of 255: the median, and the least")
+    print(f"{len(drawn)} drawings: {ours.median():.1f}, {ours.min():.1f}")
     if test_set:
         others = test_set[0][: len(drawn)]
         _, usual = nearest(others, real, k=1)
-        print(f"{len(others)} test images: {usual.median():.1f}")
+        print(f"{len(others)} test images: {usual.median():.1f}, {usual.min():.1f}")
     columns = torch.cat([drawn[:, None], real[indices]], dim=1)[: args.n]  # (n, 4, C, H, W)
     picture = dit.picture(columns.flatten(0, 1) / 127.5 - 1, rows=4)
     return picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST).save
