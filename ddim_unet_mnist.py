@@ -43,7 +43,7 @@ def print0(message):
         print(message, flush=True)
 
 
-# ---- The prompt: a caption that is read off the image, a token for each word, no text encoder
+# ---- The prompt: a caption, partly measured in the image, a token for each word, no text encoder
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 COLOURS = ["red", "orange", "yellow", "green", "blue", "purple", "white", "black"]
@@ -107,7 +107,7 @@ def captions(x0, y, ink, paper, u):
     side = torch.where(slant > 0.1, TOKEN["right"], 0)
     side = torch.where(slant < -0.1, TOKEN["left"], side)
     says_digit = u[:, 2] < 0.75
-    says = (u < 0.5).T  # (12, B): every other part is mentioned half of the time
+    says = (u < 0.5).T  # (12, B): whether to mention a part, and if the digit is to be a word
     says_side = says[5] & (side > 0)
     words = [
         says[3] * says_digit * TOKEN["a"],
@@ -449,6 +449,33 @@ def invert(model, alphas_cumprod, args, y, out):
 # ---- Training
 
 
+class Muon(torch.optim.Optimizer):
+    """Orthogonal momentum (kellerjordan.github.io/posts/muon). PyTorch's is always in bfloat16."""
+
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[0]
+        for shape in {w.shape for w in group["params"]}:  # all of a shape at once, for the GPU
+            ws = [w for w in group["params"] if w.shape == shape]
+            grads = torch.stack([w.grad.reshape(len(w), -1) for w in ws])
+            momenta = self.state[ws[0]].setdefault("momenta", torch.zeros_like(grads))
+            momenta.lerp_(grads, 0.05)
+            x = grads.lerp(momenta, 0.95)  # Nesterov's
+            rows, columns = x.shape[1:]
+            if rows in (3 * columns, 6 * columns):  # several in one, such as q, k and v
+                x = x.reshape(-1, columns, columns)
+            x = F.normalize(x, dim=(1, 2))
+            tall = x.shape[1] > x.shape[2]
+            x = x.mT if tall else x
+            for _ in range(5):  # Newton-Schulz steps, towards singular values that are all 1
+                gram = x @ x.mT
+                gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+                x = torch.baddbmm(x, gram, x, beta=3.4445)
+            x = x.mT if tall else x
+            size = 0.2 * group["lr"] * math.sqrt(max(x.shape[1:]))  # as Adam's (2502.16982)
+            torch._foreach_sub_(ws, list(x.reshape(-1, *shape)), alpha=size)
+
+
 def learning_rate(step, args):
     """Warm up, fall with 1 / sqrt(step), and fall linearly to 0 over the last fifth."""
     lr = args.lr * min(step / args.warmup, math.sqrt(args.warmup / step))
@@ -499,7 +526,7 @@ def train(args, state, device):
     torch.manual_seed(args.seed)  # the same first weights in every process
     model = UNet(args.dim).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
+    optimizer = Muon(model.parameters(), {"lr": args.lr})  # takes a bias as a matrix, too
     saved = {"model": model, "ema": ema, "optimizer": optimizer}
     if state:
         for name, part in saved.items():
@@ -536,7 +563,8 @@ def train(args, state, device):
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         lr = learning_rate(step, args)
         optimizer.param_groups[0]["lr"] = lr
-        optimizer.step()
+        with autocast:  # for the products in Muon
+            optimizer.step()
         optimizer.zero_grad()
         state["step"] = step
         state["images"] += args.batch_size
@@ -609,10 +637,10 @@ def make_parser():
     flag("--run-dir", f"runs/{NAME}", "for ckpt.pt, log.csv and samples")
     add("--resume", action="store_true", help="continue the run in --run-dir, with its flags")
     flag("--batch-size", 64, "images in a step, over all processes")
-    flag("--max-steps", 20000, "steps of the whole run")
-    flag("--lr", 1e-3, "the highest learning rate")
-    flag("--warmup", 1000, "steps until it is reached")
-    flag("--ema", 50000, "half-life of the averaged weights, in images")
+    flag("--max-steps", 8000, "steps of the whole run")
+    flag("--lr", 4e-3, "the highest learning rate")
+    flag("--warmup", 100, "steps until it is reached; then it falls with 1 / sqrt(step)")
+    flag("--ema", 50000, "half-life of the averaged weights, in images; 5%% of those seen at most")
     flag("--log-every", 100, "steps")
     flag("--save-every", 500, "steps")
     flag("--sample-every", 2000, "steps; 0: only at the end")

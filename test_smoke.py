@@ -616,7 +616,7 @@ def test_attention_by_hand():
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch has Muon since 2.9")
-@pytest.mark.parametrize("script", [ddpm, dit])
+@pytest.mark.parametrize("script", [ddpm, ddim, dit])
 def test_muon_is_that_of_pytorch(script):
     """For tall matrices and wide ones, two of one shape, and kernels, which it flattens."""
     shapes = [(24, 8, 2, 2), (24, 8, 2, 2), (8, 4, 3, 3), (8, 36), (64, 16)]
@@ -635,7 +635,7 @@ def test_muon_is_that_of_pytorch(script):
             assert weight.flatten(1).dist(same) < 0.025 * same.norm()
 
 
-@pytest.mark.parametrize("script", [ddpm, dit])
+@pytest.mark.parametrize("script", [ddpm, ddim, dit])
 @pytest.mark.parametrize("parts", [3, 6])
 def test_muon_takes_q_k_and_v_apart(script, parts):
     """And the six of adaLN. They are trained as if they were matrices of their own."""
