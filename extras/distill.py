@@ -26,7 +26,6 @@ from common import Progress, batch, load_data
 
 def guided(model, guidance, interval, T):
     """A model(x_t, t, y) like this one, but with guidance (2207.12598) at t / T in the interval."""
-
     low, high = interval
 
     def teacher(x_t, t, y):
@@ -68,7 +67,7 @@ def halve(script, student, teacher, steps, alphas_cumprod, train_set, args):
     times = torch.tensor(times, device=alphas_cumprod.device)
     autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=usual.dtype == "bfloat16")
     optimizer = torch.optim.Adam(student.parameters(), betas=(0.9, 0.99))
-    progress = Progress(args.updates, "updates")
+    progress = Progress(args.updates, f"updates to {steps} steps")
     losses = []
     for update in range(args.updates):
         x0, y, t, noise, u = batch(*train_set, T, args.batch_size, args.seed + steps, update)
@@ -123,7 +122,7 @@ def make_parser():
     add("--out", default="fast.pt", help="the student, a checkpoint as well (%(default)s)")
     add("--steps", type=int, default=4, help="of the student (%(default)s)")
     add("--teacher-steps", type=int, default=32, help="of the first teacher (%(default)s)")
-    add("--guidance", type=float, default=3.0, help="of the teacher (%(default)s)")
+    add("--guidance", type=float, default=3.0, help="of the first teacher (%(default)s)")
     add("--updates", type=int, default=600, help="of the weights, in each halving (%(default)s)")
     add("--batch-size", type=int, default=32, help="images in an update (%(default)s)")
     add("--lr", type=float, default=3e-4, help="at first; falls to 0 in each halving (%(default)s)")

@@ -126,19 +126,16 @@ def test_a_student_on_gaussian_data(steps, many):
 
     noise = torch.randn(200, 3, 2, 2)
     y = torch.arange(200) % 2
+    ways = [(teacher, 1.5, many), (teacher, 1.5, steps), (student, 1, steps)]
     found = []
     with torch.no_grad():
-        for model, guidance, n in (
-            (teacher, 1.5, many),
-            (teacher, 1.5, steps),
-            (student, 1, steps),
-        ):
+        for model, guidance, n in ways:
             denoise = dit.denoiser(model, alphas_cumprod, y, guidance)
             found.append(dit.ddim_sample(denoise, noise, alphas_cumprod, n))
     goal, in_few, learnt = found
     assert goal[y == 1].mean() - goal[y == 0].mean() > 1.2 * SHIFT
     assert (in_few - goal).square().mean() > 1e-4
-    assert (learnt - goal).square().mean() < 1e-4 * (in_few - goal).square().mean()
+    assert (learnt - goal).square().mean() < 1e-5 * (in_few - goal).square().mean()
 
 
 def test_guided():
@@ -252,15 +249,9 @@ ERRORS = [
     ("none.pt", "none.pt is not a checkpoint"),
     ("digits.pt", "digits.pt: in few steps, x0 cannot be learnt"),
     ("teacher.pt --steps 0", "must be 1 at least"),
-    ("teacher.pt --steps 32", "--teacher-steps must be 2, 4, 8 .. times --steps, and 1000 at most"),
-    (
-        "teacher.pt --steps 8 --teacher-steps 24",
-        "--teacher-steps must be 2, 4, 8 .. times --steps, and 1000 at most",
-    ),
-    (
-        "teacher.pt --steps 251 --teacher-steps 1004",
-        "--teacher-steps must be 2, 4, 8 .. times --steps, and 1000 at most",
-    ),
+    ("teacher.pt --steps 32", "--teacher-steps must be 2, 4, 8 .. times --steps"),
+    ("teacher.pt --steps 8 --teacher-steps 24", "must be 2, 4, 8 .. times --steps"),
+    ("teacher.pt --steps 251 --teacher-steps 1004", "times --steps, and 1000 at most"),
     ("teacher.pt --updates 0", "must be 1 at least"),
     ("teacher.pt --out link.pt", "--out link.pt is a folder, or the teacher's file"),
     ("teacher.pt --out two", "--out two is a folder"),
